@@ -1,0 +1,166 @@
+"""The equations of GRPO, MIFO's SFT loss and PEAR, as pure functions on tensors.
+
+Every function stands alone (it needs torch and nothing else), holds one equation, and returns sums rather than means: the
+caller divides by a count taken over the whole optimizer step and over all ranks, so that no split into micro-batches or
+ranks can change the result.
+
+B rows, T positions, N tokens, V vocabulary, D hidden size, Q questions, G samples of a question. Logs are natural.
+"""
+import math
+
+import torch
+from torch import Tensor
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Logits live for one chunk only: they are made again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets, temperature, chunk):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy, log_z = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
+        for i in range(0, len(hidden), chunk):
+            part = slice(i, i + chunk)
+            logits = (hidden[part] @ head_weight.T).to(dtype).div_(temperature)  # [chunk, V]
+            log_z[part] = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - log_z[part]
+            probs = (logits - log_z[part, None]).exp_()
+            entropy[part] = log_z[part] - probs.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, head_weight, targets, log_z)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, head_weight, targets, log_z = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(head_weight, dtype=log_z.dtype)  # full precision over the chunks
+        for i in range(0, len(hidden), ctx.chunk):
+            part = slice(i, i + ctx.chunk)
+            logits = (hidden[part] @ head_weight.T).to(log_z.dtype).div_(ctx.temperature)  # [chunk, V]
+            d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-grad[part, None])  # g * (onehot - p) / temperature
+            d_logits.scatter_add_(1, targets[part, None], grad[part, None]).div_(ctx.temperature)
+            d_logits = d_logits.to(hidden.dtype)
+            grad_hidden[part] = d_logits @ head_weight
+            grad_weight += d_logits.T @ hidden[part]
+        return grad_hidden, grad_weight.to(head_weight.dtype), None, None, None
+
+
+def token_logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024):
+    """log softmax(hidden @ head_weight.T / temperature) at the targets, and that softmax's entropy, in one pass.
+
+    hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64; at most `chunk` rows of logits exist at a
+    time. Returns (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs carry a gradient.
+    """
+    return _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk)
+
+
+def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
+    """A_i = r_i - mean(r), over the G samples of a question; with normalize_std divided by (std(r) + 1e-6).
+
+    rewards [Q, G] -> [Q, G]. The standard deviation is the unbiased one (GRPO, arXiv 2402.03300; without it: Dr. GRPO,
+    arXiv 2503.20783). A group whose rewards are all equal gets exactly 0.
+    """
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if normalize_std:
+        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+
+
+def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
+              clip_high: float = 0.2, per_sequence: bool = False, ref_logprobs: Tensor | None = None,
+              kl_coef: float = 0.0, rollout_logprobs: Tensor | None = None, tis_cap: float = 0.0):
+    """-sum_t w_t * [min(ratio_t * A, clip(ratio_t, 1 - clip_low, 1 + clip_high) * A) - kl_coef * KL_t], ratio = pi / pi_old.
+
+    logprobs, old_logprobs, ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on response tokens.
+    KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0, the tokens are weighted by
+    min(pi_old / pi_rollout, tis_cap), which corrects for an engine whose probabilities are not the trainer's.
+    Returns (scalar, metrics: sums over tokens). What the caller divides by makes the aggregation:
+      the global number of tokens: token level (DAPO, arXiv 2503.14476);
+      per_sequence=True (w_t = 1 / row's length) and the global number of rows: mean of per-sequence means (GRPO);
+      the global number of rows times a constant length: Dr. GRPO.
+    """
+    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # [B, T]
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    advantages = advantages[:, None]
+    gain = torch.minimum(ratio * advantages, clipped * advantages)
+    metrics = {"clipped_low": (mask & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
+               "clipped_high": (mask & (ratio > 1 + clip_high) & (advantages > 0)).sum()}
+    if rollout_logprobs is not None and tis_cap > 0:
+        gain = gain * (old_logprobs - rollout_logprobs).masked_fill(~mask, 0.0).exp().clamp(max=tis_cap).detach()
+    if ref_logprobs is not None:
+        log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        kl = log_ratio.exp() - log_ratio - 1
+        gain = gain - kl_coef * kl
+        metrics["kl"] = kl.detach().sum()
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1) if per_sequence else mask.to(gain.dtype)
+    return -(gain * weights).sum(), metrics
+
+
+def top_entropy_count(n: int, rho: float) -> int:
+    """ceil(rho * n), forgiving rho * n its rounding: 0.07 * 100 is 7."""
+    return math.ceil(rho * n - 1e-9)
+
+
+def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
+    """The ceil(rho * n) tokens of highest entropy among the n masked-in tokens of each row; of equals, the earlier token.
+
+    entropy [B, T], mask [B, T] bool -> [B, T] bool. A row with no token gets none, any other at least one (MIFO,
+    arXiv 2510.04454, "high-entropy tokens"). Raises ValueError if rho is outside (0, 1].
+    """
+    if not 0 < rho <= 1:
+        raise ValueError(f"rho must be in (0, 1], not {rho}")
+    counts = (mask.sum(1, keepdim=True).double() * rho - 1e-9).ceil()  # [B, 1]; as top_entropy_count
+    order = entropy.masked_fill(~mask, -math.inf).sort(dim=1, descending=True, stable=True).indices  # [B, T]
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return (rank < counts) & mask
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """-sum_t w_t * log pi(y_t | y_<t) over the masked-in tokens; the caller divides by their global number.
+
+    logprobs [B, T], mask [B, T] bool, weights [B, T] (PEAR's; 1 without) -> scalar.
+    """
+    nll = -logprobs.masked_fill(~mask, 0.0)
+    return (nll if weights is None else nll * weights).sum()
+
+
+def pear_weights(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, variant: str, gamma: float = 0.999,
+                 block: int = 4, ratio_range: tuple[float, float] | None = (-0.08, 0.3),
+                 weight_range: tuple[float, float] | None = (-10.0, 5.0)) -> Tensor:
+    """Weights of the SFT loss that favour what the policy would go on to write itself (PEAR, arXiv 2602.01058).
+
+    With d_t = logprobs - behavior_logprobs of the t-th of a row's n response tokens, clipped to ratio_range:
+      sequence: log w_t = sum of all d_j
+      token:    log w_t = (n - t) * log(gamma) + sum of d_j over j > t
+      block:    log w_t = that of the last token of t's block of `block` tokens (the last block may be shorter)
+    then clipped to weight_range. Both ranges are in log space, and None switches one off.
+
+    logprobs, behavior_logprobs [B, T]; mask [B, T] bool -> [B, T], 0 outside the mask, without gradient. n is the row's own
+    count of masked-in tokens, never the padded length. Raises ValueError on an unknown variant, gamma outside (0, 1] or
+    block below 1.
+    """
+    if variant not in ("sequence", "token", "block"):
+        raise ValueError(f"variant must be sequence, token or block, not {variant!r}")
+    if not 0 < gamma <= 1 or block < 1:
+        raise ValueError(f"gamma must be in (0, 1] and block at least 1, not {gamma} and {block}")
+    d = (logprobs - behavior_logprobs).detach()
+    if ratio_range is not None:
+        d = d.clamp(*ratio_range)
+    d = d.masked_fill(~mask, 0.0)
+    n = mask.sum(1, keepdim=True)  # [B, 1]
+    t = mask.cumsum(1)  # [B, T]; 1 for a row's first response token
+    if variant == "sequence":
+        log_weights = d.sum(1, keepdim=True).expand_as(d)
+    else:
+        suffix = d.flip(1).cumsum(1).flip(1) - d  # sum of d_j over j > t
+        log_weights = (n - t) * math.log(gamma) + suffix
+    if variant == "block":
+        end = torch.minimum(((t + block - 1) // block) * block, n)  # [B, T]; t of the last token of the block
+        at = torch.where(mask, t, 0)  # slot 0 collects what is masked out
+        by_t = torch.zeros(len(d), d.shape[1] + 1, dtype=d.dtype, device=d.device).scatter_(1, at, log_weights)
+        log_weights = by_t.gather(1, end)
+    if weight_range is not None:
+        log_weights = log_weights.clamp(*weight_range)
+    return log_weights.exp().masked_fill(~mask, 0.0)

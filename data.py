@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -478,6 +479,12 @@ def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int
     return questions
 
 
+def system_prompt(questions: "Questions") -> str | None:
+    """The data's own system prompt: its first row's, None if that has none."""
+    messages = questions.read(questions.rows[questions.kept[0]])[0]
+    return next((message["content"] for message in messages if message["role"] == "system"), None)
+
+
 def demonstrated(questions: Sequence[Question]) -> list[int]:
     """The places of the questions that have a demonstration, found without tokenising any."""
     if isinstance(questions, Questions):
@@ -486,14 +493,14 @@ def demonstrated(questions: Sequence[Question]) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The embedded task: chains of additions and subtractions modulo 100, harder with every term. Each term after the first has
-# a letter, so a worked answer copies the letter, not a position; letters beyond the base model's are new to it.
-#   question           03a+8b-4?
-#   base's style       03a+8=11;11b-4=07;[07]
-#   expert's style     <03a+8>11<11b-4>07[07]
+# The embedded task: chains of additions modulo 100, harder with every term. Each term after the first has a letter, by which
+# a worked answer finds it; letters beyond the base model's are new to it.
+#   question           03a8b9?
+#   base's style       03a8=11;11b9=20;[20]
+#   expert's style     <03a8>11<11b9>20[20]
 
 BASE_TERMS, TRAIN_TERMS, EVAL_TERMS = (2, 3, 4, 5), (3, 4, 5, 6, 7), (3, 4, 5, 6, 7)
-BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE = 800, 32, 2e-3, 0.1
+BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE = 800, 32, 2e-3, 0.3
 
 
 def chain(rng: random.Random, terms: int, expert: bool) -> tuple[str, str, str]:
@@ -501,8 +508,8 @@ def chain(rng: random.Random, terms: int, expert: bool) -> tuple[str, str, str]:
     value = rng.randrange(100)
     question, work = f"{value:02d}", ""
     for letter in "abcdefgh"[: terms - 1]:
-        term = f"{letter}{rng.choice('+-')}{rng.randrange(1, 10)}"
-        result = (value + int(term[1:])) % 100
+        term = f"{letter}{rng.randrange(1, 10)}"
+        result = (value + int(term[1])) % 100
         question += term
         work += f"<{value:02d}{term}>{result:02d}" if expert else f"{value:02d}{term}={result:02d};"
         value = result
@@ -511,7 +518,7 @@ def chain(rng: random.Random, terms: int, expert: bool) -> tuple[str, str, str]:
 
 def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a character."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789abcdefgh+-=;?[]<>"])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789abcdefgh=;?[]<>"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
@@ -519,10 +526,15 @@ def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int) -> list[Question]:
-    """`count` questions, the numbers of terms in turn, all with demonstrations in the expert's style; a name is a fixed set."""
+    """`count` questions, the numbers of terms in turn, all with demonstrations in the expert's style; a name is a fixed set.
+
+    A fifth of all chains, by checksum, is kept for the set named "eval" and is in no other.
+    """
     rng, questions = random.Random(name), []
     for i in range(count):
-        question, work, result = chain(rng, terms[i % len(terms)], expert=True)
+        question = None
+        while question is None or (zlib.crc32(question.encode()) % 5 == 0) != (name == "eval"):
+            question, work, result = chain(rng, terms[i % len(terms)], expert=True)
         demonstration = tokenizer.encode(work) + [tokenizer.eos_token_id]
         questions.append(Question(f"{name}-{i}", tokenizer.encode(question), result, demonstration,
                                   str(terms[i % len(terms)]), "chain"))
@@ -532,7 +544,7 @@ def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int)
 def make_base(folder: Path, seed: int, say=print) -> None:
     """Trains the embedded task's base model from random weights and saves it with its tokenizer (about a minute on 2 cores).
 
-    A Qwen2 of 0.5 M parameters learns chains of 2 to 5 terms from worked answers, a tenth of them in the expert's style.
+    A Qwen2 of 0.5 M parameters learns chains of 2 to 5 terms from worked answers, three in ten of them in the expert's style.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"base-{seed}")
@@ -603,7 +615,7 @@ def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
     """Rows, sorted by length, into the fewest micro-batches of at most `budget` padded tokens, a multiple of `world` of them.
 
     Returns lists of row indices; rank r takes every world-th from the r-th on. All of them are as equal in padded size as
-    sorted rows allow, and some may be empty when there are fewer rows than ranks. A row longer than the budget is alone.
+    sorted rows allow, and some may be empty. A row longer than the budget is alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 

@@ -236,9 +236,9 @@ class Checker:
     limit is wall-clock seconds an answer: a worker that exceeds it is killed and replaced and its answer a timeout; the
     answer of a worker that dies is an error. Math-Verify's own limits are off, since they cannot stop native code.
 
-    Known of Math-Verify 0.9 and left so: `10`, `0.1` and `10\%` are one answer, whichever of them is gold; units are
-    dropped; `x=5` and `5` are one; `2,3`, `3,2` and `2 \text{ or } 3` are one; numbers equal to six decimals are equal
-    where one is written as a decimal.
+    Known of Math-Verify 0.9 and left so: `10\%` equals both `10` and `0.1`, whichever of them is gold; units are dropped;
+    `x=5` and `5` are one; `2,3`, `3,2` and `2 \text{ or } 3` are one; numbers equal to six decimals are equal where one is
+    written as a decimal.
     """
 
     def __init__(self, workers: int = 1, limit: float = 5.0, extract: str = "boxed", require_think: bool = False):
@@ -627,7 +627,7 @@ def progress(items, label: str):
 
 
 def command_evaluate(args, rank: int, world: int) -> None:
-    import data  # before transformers: it hides packages that break its import
+    import data  # noqa: F401  before transformers: it hides packages that break its import
     import torch
     import torch.distributed as dist
     import transformers

@@ -53,11 +53,12 @@ def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
         i = int((above <= rank).sum())
         return len(counts) - 1 - i, rank - (int(above[i - 1]) if i else 0)
 
-    upper = histogram(1 << 15, lambda bits: bits >> 16)
+    infinity = 0x7F800000  # the bits above it are NaNs'; they get a bin of their own
+    upper = histogram(1 << 15, lambda bits: torch.where(bits > infinity, 0x7FFF, bits >> 16))
     n = int(upper.sum())
     if n == 0:
         raise ValueError("topk_threshold needs at least one entry")
-    if int(upper[0x7F81:].sum()):  # above infinity's upper bits only NaNs lie
+    if int(upper[0x7FFF]):
         raise ValueError("topk_threshold found a NaN")
     k = math.floor(fraction * n + 1e-9)
     if k >= n:

@@ -74,8 +74,8 @@ def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     """-sum_t w_t * [min(ratio_t * A, clip(ratio_t, 1 - clip_low, 1 + clip_high) * A) - kl_coef * KL_t], ratio = pi / pi_old.
 
     logprobs, old_logprobs, ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on response tokens.
-    KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0, the tokens are weighted by
-    min(pi_old / pi_rollout, tis_cap), which corrects for an engine whose probabilities are not the trainer's.
+    KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0, the clipped term is
+    weighted by min(pi_old / pi_rollout, tis_cap), which corrects for an engine whose probabilities are not the trainer's.
     Returns (scalar, metrics: sums over tokens). What the caller divides by makes the aggregation:
       the global number of tokens: token level (DAPO, arXiv 2503.14476);
       per_sequence=True (w_t = 1 / row's length) and the global number of rows: mean of per-sequence means (GRPO);
@@ -94,13 +94,15 @@ def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
         kl = log_ratio.exp() - log_ratio - 1
         gain = gain - kl_coef * kl
         metrics["kl"] = kl.detach().sum()
-    weights = mask / mask.sum(1, keepdim=True).clamp(min=1) if per_sequence else mask.to(gain.dtype)
+    weights = mask.to(gain.dtype)
+    if per_sequence:
+        weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
     return -(gain * weights).sum(), metrics
 
 
 def top_entropy_count(n: int, rho: float) -> int:
-    """ceil(rho * n), forgiving rho * n its rounding: 0.07 * 100 is 7."""
-    return math.ceil(rho * n - 1e-9)
+    """ceil(rho * n), forgiving rho * n its rounding (0.07 * 100 is 7); at least 1 of any tokens."""
+    return min(n, max(1, math.ceil(rho * n - 1e-9)))
 
 
 def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
@@ -111,7 +113,7 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be in (0, 1], not {rho}")
-    counts = (mask.sum(1, keepdim=True).double() * rho - 1e-9).ceil()  # [B, 1]; as top_entropy_count
+    counts = (mask.sum(1, keepdim=True).double() * rho - 1e-9).ceil().clamp(min=1)  # [B, 1]; as top_entropy_count
     order = entropy.masked_fill(~mask, -math.inf).sort(dim=1, descending=True, stable=True).indices  # [B, T]
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     return (rank < counts) & mask
@@ -154,7 +156,7 @@ def pear_weights(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, vari
     if variant == "sequence":
         log_weights = d.sum(1, keepdim=True).expand_as(d)
     else:
-        suffix = d.flip(1).cumsum(1).flip(1) - d  # sum of d_j over j > t
+        suffix = torch.nn.functional.pad(d, (0, 1)).flip(1).cumsum(1).flip(1)[:, 1:]  # sum of d_j over j > t
         log_weights = (n - t) * math.log(gamma) + suffix
     if variant == "block":
         end = torch.minimum(((t + block - 1) // block) * block, n)  # [B, T]; t of the last token of the block

@@ -43,6 +43,9 @@ import losses
 import rollout
 
 ROOT = Path(__file__).parent
+GPU_GIB = 79.0  # what a card of "80 GB" has to give
+ALLOWANCE = 3 * 2**30  # bytes a rank: CUDA context, NCCL's buffers, CUDA graphs, which a sleeping engine keeps
+ENGINE_WORK = 2 * 2**30  # bytes: vLLM's activations and logits, beside its weights and KV cache
 
 
 def option(default, meaning: str):
@@ -54,6 +57,7 @@ class Config:
     # the run
     recipe: str = option("", "TOML file of defaults for the flags below; without it and without --model: the embedded task's")
     out: str = option("runs/default", "folder of the run: metrics.jsonl, samples.jsonl, plot.png, checkpoints, model")
+    dry_run: int = option(0, "ranks to plan for: check everything short of loading weights, print the memory a GPU takes, and exit")
     resume: bool = option(False, "go on after the newest checkpoint in --out")
     seed: int = option(0, "of sampling, the order of questions, and the embedded task's base model")
     schedule: Literal["interleave", "rl", "sft", "sft-then-rl"] = option(
@@ -72,7 +76,8 @@ class Config:
     question_field: str = option("", "column of questions, where the layout is not a known one")
     answer_field: str = option("", "column of gold answers, likewise")
     solution_field: str = option("", "column of demonstrations, likewise")
-    template: Literal["auto", "chat", "plain"] = option("auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
+    template: Literal["auto", "chat", "plain"] = option(
+        "auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
     system: str = option("data", "system prompt: a text; data: as the data has it; none: dropped")
     generation_prefix: str = option("", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
     rope_theta: float = option(0.0, "rotary base to set in the model's configuration, to extend its context; 0: as it is")
@@ -132,7 +137,8 @@ class Config:
     max_num_seqs: int = option(256, "responses that the sampler writes at once, per rank")
     kv_cache_gib: float = option(0.5, "vLLM's KV cache on a CPU, GiB per rank")
     gpu_memory_utilization: float = option(0.5, "vLLM's share of the GPU's memory while it samples")
-    probe_bound: float = option(0.3, "the run stops if engine and trainer log-probabilities differ by more, on average, on a probe")
+    probe_bound: float = option(0.0, "the run stops if engine and trainer log-probabilities differ by more, on average, on a "
+                                     "probe; 0: 0.001 in float32, 0.15 in bfloat16")
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
@@ -176,7 +182,7 @@ def parse_config(argv: list[str]) -> Config:
                 raise ValueError(f"--recipe {recipe}: {name} = {value!r} should be "
                                  f"{'one of ' + ', '.join(choices) if choices else types[name].__name__}")
     cfg = Config(**{**values, **flags, "recipe": recipe})
-    check_config(cfg, int(os.environ["WORLD_SIZE"]))
+    check_config(cfg, cfg.dry_run or int(os.environ["WORLD_SIZE"]))
     return cfg
 
 
@@ -194,10 +200,10 @@ def check_config(cfg: Config, world: int) -> None:
                  "max_num_seqs", "micro_tokens", "replicas", "save_every", "eval_k", "pear_block"):
         must(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     must(cfg.samples >= 2, f"--samples must be at least 2 (advantages compare the samples of a question), not {cfg.samples}")
-    for name in ("steps", "eval_every", "samples_logged", "kl_coef", "tis_cap", "clip_low", "clip_high", "weight_decay", "seed",
-                 "rope_theta", "max_position_embeddings", "eval_temperature"):
+    for name in ("dry_run", "steps", "eval_every", "samples_logged", "kl_coef", "tis_cap", "clip_low", "clip_high", "weight_decay", "seed",
+                 "rope_theta", "max_position_embeddings", "eval_temperature", "probe_bound"):
         must(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
-    for name in ("temperature", "rl_lr", "sft_lr", "rl_clip", "sft_clip", "kv_cache_gib", "probe_bound", "check_limit"):
+    for name in ("temperature", "rl_lr", "sft_lr", "rl_clip", "sft_clip", "kv_cache_gib", "check_limit"):
         must(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(cfg, name)}")
     for name in ("rho", "k", "pear_gamma", "gpu_memory_utilization"):
         must(0 < getattr(cfg, name) <= 1, f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(cfg, name)}")
@@ -307,11 +313,11 @@ class Run:
     policy: Policy
     reference: Policy | None
     optimizers: dict[str, torch.optim.AdamW]  # "rl", "sft"
-    sampler: object
-    checker: object
+    sampler: rollout.VLLMSampler | rollout.TorchSampler | None  # None where nothing is to be sampled
+    checker: evaluation.Checker
     state: State
-    importance: list[Tensor]  # C, this rank's shards, in the order of the parameters
-    anchor: list[Tensor]  # the parameters at the start of the current phase, RL or SFT
+    importance: list[Tensor]  # C, this rank's shards, in the order of the parameters; empty where nothing is ever frozen
+    anchor: list[Tensor]  # the parameters at the start of the current phase, RL or SFT; likewise
     behavior: "BehaviorLogprobs | None" = None
     pushed_at: int = -1  # the step whose weights the sampler holds
     log: dict = field(default_factory=dict)  # of the current step, for metrics.jsonl
@@ -510,7 +516,7 @@ def rl_update(run: Run, batch: list[Response]) -> None:
 def begin_sft_phase(run: Run, places: list[int]) -> None:
     """Queues the demonstrations of `places`; in MIFO's interleaving, fixes which parameters the phase must not move."""
     cfg, state = run.cfg, run.state
-    if cfg.schedule == "interleave" and cfg.freeze != "off":
+    if freezes(cfg):
         with run.timed("freeze"):
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
             group = run.mesh.get_group("shard")
@@ -530,9 +536,10 @@ def begin_sft_phase(run: Run, places: list[int]) -> None:
 def sft_step(run: Run) -> None:
     """One optimizer step on the next batch of the queue, on the rho highest-entropy tokens of each demonstration."""
     cfg, state = run.cfg, run.state
-    run.sampler.sleep()
-    places, sums = state.sft_queue.pop(0), Counter()
+    if run.sampler is not None:
+        run.sampler.sleep()
     set_sft_lr(run)
+    places, sums = state.sft_queue.pop(0), Counter()
     with run.timed("sft"):
         questions = gather(run, [run.questions[place] for place in places[run.rank :: run.world]])  # tokenised in shares
         pairs = [(q.prompt, q.demonstration) for q in questions]
@@ -542,9 +549,9 @@ def sft_step(run: Run) -> None:
             logprobs, entropy = run.policy(part["tokens"], part["mask"], 1.0)  # [B, T-1]
             weights = None
             if cfg.pear != "off":
-                weights = losses.pear_weights(
-                    logprobs, part["behavior"], part["mask"], cfg.pear, cfg.pear_gamma, cfg.pear_block,
-                    parse_range("pear_ratio_range", cfg.pear_ratio_range), parse_range("pear_weight_range", cfg.pear_weight_range))
+                ranges = (parse_range(name, getattr(cfg, name)) for name in ("pear_ratio_range", "pear_weight_range"))
+                weights = losses.pear_weights(logprobs, part["behavior"], part["mask"], cfg.pear, cfg.pear_gamma,
+                                              cfg.pear_block, *ranges)
                 sums["pear_weight"] += weights.sum().item() / sum(len(response) for _, response in pairs)
             loss = losses.sft_loss(logprobs, losses.top_entropy_mask(entropy, part["mask"], cfg.rho), weights)
             (loss * run.world / divisor).backward()
@@ -555,13 +562,15 @@ def sft_step(run: Run) -> None:
     if not state.sft_queue:
         state.threshold = math.inf
         set_anchor(run)  # the next RL phase starts here
+        if cfg.schedule != "interleave":
+            run.optimizers["sft"].state.clear()  # the stage is over: nothing but the weights is handed over
 
 
 def set_sft_lr(run: Run) -> None:
     """An SFT stage's learning rate at its current step: constant, or warm-up and cosine over the whole stage."""
     lr, state = run.cfg.sft_lr, run.state
     if run.cfg.sft_schedule == "cosine":
-        done = state.sft_steps / (state.sft_steps + len(state.sft_queue) + 1)  # share of the stage; this step's has left the queue
+        done = state.sft_steps / (state.sft_steps + len(state.sft_queue))  # share of the stage
         lr *= done / 0.1 if done < 0.1 else 0.55 + 0.45 * math.cos(math.pi * (done - 0.1) / 0.9)
     run.optimizers["sft"].param_groups[0]["lr"] = lr
 
@@ -593,9 +602,10 @@ def find_behavior(run: Run) -> None:
     """Fills run.behavior: from the data where it has them, else by --behavior-model, else by the policy as it is now."""
     cfg = run.cfg
     folder = Path(cfg.out, "behavior")
-    meta = {"model": cfg.behavior_model or "the policy before training", "data": getattr(run.questions, "fingerprint", "embedded")}
+    meta = {"model": cfg.behavior_model or "the policy before training",
+            "data": getattr(run.questions, "fingerprint", "embedded")}
     if (folder / "meta.json").exists() and json.loads((folder / "meta.json").read_text()) != meta:
-        raise ValueError(f"{folder} holds another model's or another data set's log-probabilities: remove it, or give another --out")
+        raise ValueError(f"{folder} holds log-probabilities by another model or of other data: remove it, or give another --out")
     barrier(run)
     if run.rank == 0:
         folder.mkdir(exist_ok=True)
@@ -641,8 +651,13 @@ def load_behavior_model(run: Run) -> Policy:
 
 
 def set_anchor(run: Run) -> None:
-    for kept, now in zip(run.anchor, run.shards, strict=True):
+    for kept, now in zip(run.anchor, run.shards):
         kept.copy_(now)
+
+
+def freezes(cfg: Config) -> bool:
+    """Whether the run keeps an importance map and an anchor at all."""
+    return cfg.schedule == "interleave" and cfg.freeze != "off"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -695,9 +710,10 @@ def push(run: Run) -> None:
         gap = (logprobs - batch["engine"])[batch["mask"]].abs().mean().item()
         gap = total(run, {"max/gap": gap})["max/gap"]
     run.log["engine/probe_difference"] = gap
-    if not gap <= run.cfg.probe_bound:
+    bound = run.cfg.probe_bound or (1e-3 if run.dtype == torch.float32 else 0.15)
+    if not gap <= bound:
         raise RuntimeError(f"after the weights were pushed, {run.sampler.name} and the trainer differ by {gap:.3g} a token on "
-                           f"a probe, over --probe-bound {run.cfg.probe_bound}: the engine does not hold the trainer's weights")
+                           f"a probe, over the bound of {bound} (--probe-bound): the engine does not hold the trainer's weights")
 
 
 def evaluate(run: Run) -> None:
@@ -713,6 +729,7 @@ def evaluate(run: Run) -> None:
                 lambda tokens: run.tokenizer.decode(tokens, skip_special_tokens=True), run.rank, run.world)
             results[name] = evaluation.summarize(gather(run, rows))
     run.state.evals.append({"step": run.state.step, "rl_steps": run.state.rl_steps, "results": results})
+    run.log["evaluation/rl_steps"] = run.state.rl_steps
     run.log["evaluation"] = {name: result["avg"] for name, result in results.items()} | {
         f"{name} {level}": part["avg"] for name, result in results.items() for level, part in result["levels"].items()
         if len(result["levels"]) > 1}
@@ -797,8 +814,8 @@ def plot(out: str) -> None:
     axes[1, 1].set_yscale("log")
     evals = [line for line in lines if "evaluation" in line]
     for key in sorted({key for line in evals for key in line["evaluation"]}):
-        axes[0, 1].plot(*zip(*[(line["rl_steps"], line["evaluation"][key]) for line in evals if key in line["evaluation"]]),
-                        marker="o", markersize=3, label=key)
+        points = [(line["evaluation/rl_steps"], line["evaluation"][key]) for line in evals if key in line["evaluation"]]
+        axes[0, 1].plot(*zip(*points), marker="o", markersize=3, label=key)
     axes[0, 1].set(title="accuracy", xlabel="RL step", ylim=(-0.02, 1.02))
     for axis in axes.flat:
         axis.grid(alpha=0.3)
@@ -826,10 +843,14 @@ def summary(run: Run) -> str:
             if len(after["levels"]) > 1:
                 lines += [f"  level {level:8} {before['levels'][level]['avg']:6.3f}  {result['avg']:6.3f}"
                           for level, result in after["levels"].items()]
+    if "behavior" in state.seconds:
+        share = state.seconds["behavior"] / max(state.seconds.get("sft", 0.0), 1e-9)
+        lines += ["", f"PEAR's behaviour log-probabilities took {share:.0%} of the time of SFT"]
     used = state.demonstrations
-    lines += ["", f"RL steps {state.rl_steps}, SFT phases {state.sft_phases} of {state.sft_steps} steps in all, demonstrations used "
+    seconds = sorted(state.seconds.items(), key=lambda item: -item[1])
+    lines += ["", f"RL steps {state.rl_steps}, SFT phases {state.sft_phases} ({state.sft_steps} steps), demonstrations used "
               f"{len(used):,} ({len(set(used)):,} different), tokens sampled {state.sampled_tokens:,}",
-              "seconds  " + "  ".join(f"{key} {value:.1f}" for key, value in sorted(state.seconds.items(), key=lambda i: -i[1]))]
+              "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in seconds)]
     return "\n".join(lines)
 
 
@@ -848,9 +869,10 @@ def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
 def shard_tensors(run: Run) -> dict[str, Tensor]:
     """Everything that a checkpoint holds per parameter, by name; this rank's shards."""
     tensors = {}
-    named = list(run.policy.model.named_parameters())
-    for (name, parameter), shard, c, anchor in zip(named, run.shards, run.importance, run.anchor, strict=True):
-        tensors |= {f"weight/{name}": shard, f"importance/{name}": c, f"anchor/{name}": anchor}
+    for i, (name, parameter) in enumerate(run.policy.model.named_parameters()):
+        tensors[f"weight/{name}"] = parameter.detach().to_local()
+        if run.importance:
+            tensors |= {f"importance/{name}": run.importance[i], f"anchor/{name}": run.anchor[i]}
         for which, optimizer in run.optimizers.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{which}/{key}/{name}"] = value.to_local() if isinstance(value, DTensor) else value
@@ -909,10 +931,11 @@ def load_checkpoint(run: Run, folder: Path) -> None:
         return torch.cat(parts) if parts else torch.empty(0, *shape[1:])
 
     with torch.no_grad():
-        named = list(run.policy.model.named_parameters())
-        for (name, p), local, c, anchor in zip(named, run.shards, run.importance, run.anchor, strict=True):
-            for target, key in ((local, "weight"), (c, "importance"), (anchor, "anchor")):
-                target.copy_(rows(f"{key}/{name}", p.shape))
+        for i, (name, p) in enumerate(run.policy.model.named_parameters()):
+            p.to_local().copy_(rows(f"weight/{name}", p.shape))
+            if run.importance:
+                run.importance[i].copy_(rows(f"importance/{name}", p.shape))
+                run.anchor[i].copy_(rows(f"anchor/{name}", p.shape))
             for which, optimizer in run.optimizers.items():
                 if f"{which}/step/{name}" in keys:
                     moments = {key: DTensor.from_local(rows(f"{which}/{key}/{name}", p.shape).to(run.device), p.device_mesh,
@@ -948,6 +971,30 @@ def set_up(cfg: Config) -> Run:
     mesh = init_device_mesh(device.type, (cfg.replicas, world // cfg.replicas), mesh_dim_names=("replica", "shard"))
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
 
+    model_dir, config, tokenizer, config_edits = open_model(cfg, rank)
+    checker = evaluation.Checker(evaluation.checker_workers(world), cfg.check_limit, cfg.extract, cfg.require_think)
+    questions, benches = load_data(cfg, rank, tokenizer, checker)
+
+    sharded = mesh if cfg.replicas > 1 else mesh["shard"]
+    policy = load_policy(cfg, model_dir, config, sharded, dtype)
+    reference = load_policy(cfg, model_dir, config, sharded, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
+    optimizers = {which: torch.optim.AdamW(policy.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                           fused=True) for which, lr in (("rl", cfg.rl_lr), ("sft", cfg.sft_lr))}
+    sampler = None
+    if cfg.schedule != "sft" or benches:
+        sampler = rollout.make_sampler(
+            cfg.sampler, model_dir, max_len=cfg.max_prompt + cfg.max_response, dtype=dtype,
+            eos_ids=evaluation.eos_ids(model_dir, tokenizer), seed=cfg.seed, max_num_seqs=cfg.max_num_seqs,
+            kv_cache_gib=cfg.kv_cache_gib, gpu_memory_utilization=cfg.gpu_memory_utilization,
+            trust_remote_code=cfg.trust_remote_code, config_edits=config_edits)
+        say(f"sampler: {sampler.name}, because {sampler.why}")
+    shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    return Run(cfg, rank, world, device, mesh, dtype, tokenizer, questions, benches, policy, reference, optimizers, sampler,
+               checker, State(), [torch.zeros_like(s) for s in shards], [s.clone() for s in shards])
+
+
+def open_model(cfg: Config, rank: int):
+    """(folder or Hub id, configuration, tokenizer, edits for the engine); makes the embedded task's base model first."""
     model_dir = cfg.model or str(Path(cfg.out).parent / f"embedded-base-{cfg.seed}")
     if not cfg.model and not Path(model_dir, "tokenizer.json").exists():
         dist.barrier()
@@ -961,24 +1008,7 @@ def set_up(cfg: Config) -> Run:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model_dir}: not a model's folder or Hub id: {str(error).splitlines()[0]}") from None
-    config_edits = edit_config(cfg, config)
-    checker = evaluation.Checker(evaluation.checker_workers(world), cfg.check_limit, cfg.extract, cfg.require_think)
-    questions, benches = load_data(cfg, rank, tokenizer, checker)
-
-    sharded = mesh if cfg.replicas > 1 else mesh["shard"]
-    policy = load_policy(cfg, model_dir, config, sharded, dtype)
-    reference = load_policy(cfg, model_dir, config, sharded, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
-    optimizers = {which: torch.optim.AdamW(policy.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                                           fused=True) for which, lr in (("rl", cfg.rl_lr), ("sft", cfg.sft_lr))}
-    sampler = rollout.make_sampler(
-        cfg.sampler, model_dir, max_len=cfg.max_prompt + cfg.max_response, dtype=dtype,
-        eos_ids=evaluation.eos_ids(model_dir, tokenizer), seed=cfg.seed, max_num_seqs=cfg.max_num_seqs,
-        kv_cache_gib=cfg.kv_cache_gib, gpu_memory_utilization=cfg.gpu_memory_utilization,
-        trust_remote_code=cfg.trust_remote_code, config_edits=config_edits)
-    say(f"sampler: {sampler.name}, because {sampler.why}")
-    shards = [p.detach().to_local() for p in policy.parameters()]
-    return Run(cfg, rank, world, device, mesh, dtype, tokenizer, questions, benches, policy, reference, optimizers, sampler,
-               checker, State(), [torch.zeros_like(s) for s in shards], [s.clone() for s in shards])
+    return model_dir, config, tokenizer, edit_config(cfg, config)
 
 
 def edit_config(cfg: Config, config) -> dict:
@@ -995,8 +1025,8 @@ def edit_config(cfg: Config, config) -> dict:
         setattr(config, name, value)
     context = getattr(config, "max_position_embeddings", math.inf)
     if cfg.max_prompt + cfg.max_response > context:
-        raise ValueError(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit in the model's context of "
-                         f"{context} tokens: lower them, or extend it by --max-position-embeddings and --rope-theta")
+        raise ValueError(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit in the model's "
+                         f"context of {context} tokens: lower them, or extend it by --max-position-embeddings and --rope-theta")
     return edits
 
 
@@ -1016,14 +1046,116 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     revision=cfg.revision or None)
             dist.barrier()
         say(f"{cfg.data}: {questions.report()}")
-    system = None if cfg.system in ("data", "none") else cfg.system
+    if not data.demonstrated(questions) and cfg.schedule != "rl":
+        raise ValueError(f"--schedule {cfg.schedule} needs demonstrations, and no question of --data {cfg.data} has one")
+    system = data.system_prompt(questions) if cfg.data and cfg.system == "data" else None if cfg.system == "none" else cfg.system
     return questions, {name: evaluation.load_questions(name, tokenizer, system, cfg.generation_prefix)
                        for name in cfg.evaluate.split(",") if name}
 
 
+def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[str, float, str]]:
+    """(what, GiB, arithmetic) of the memory of one GPU of `gpu_gib`, computing in bfloat16 on `world` ranks, with vLLM.
+
+    Computed, not measured, for Qwen2's blocks. A phase's rows need not peak together, so its sum is an upper bound.
+    Raises ValueError if the KV cache would not hold one response of full length.
+    """
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=cfg.trust_remote_code)
+    n, layer, root = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0], model))
+    root -= sum(p.numel() for p in model.model.layers.parameters())
+    layers, width, inner, heads = (config.num_hidden_layers, config.hidden_size, config.intermediate_size,
+                                   config.num_attention_heads)
+    kv = config.num_key_value_heads * (getattr(config, "head_dim", None) or width // heads)
+    vocab, shards, length = config.vocab_size, world // cfg.replicas, cfg.max_prompt + cfg.max_response
+    tokens = max(cfg.micro_tokens, length)  # of a micro-batch
+    rows = min(1024, tokens)  # of logits at a time
+    frozen, checkpointed = freezes(cfg), cfg.activation_checkpointing
+    # What a Qwen2 block keeps of a token for its backward pass: of each of its two norms 4 + 2 + 2 B (the input in float32,
+    # the output before and after its weight) and a factor of 4 B; 2 B each of query, key, value, attention's output, the
+    # gate before and after SiLU, up, and their product; and 4 B a head of attention's own.
+    block = 20 * width + 4 * kv + 4 * heads + 8 * inner + 8
+    block_text = f"(20 x {width:,} + 4 x {kv:,} + 4 x {heads} + 8 x {inner:,} + 8) B"
+
+    def sharded(bytes_of: dict[str, int]) -> list:
+        return [(what, size * n / shards, f"{size} B x {n:,} parameters / {shards}") for what, size in bytes_of.items()]
+
+    held = sharded({
+        "weights, float32": 4, "AdamW of RL, two moments": 8 * (cfg.schedule != "sft"),
+        "AdamW of SFT, two moments": 8 * (cfg.schedule != "rl"), "importance map and anchor": 8 * frozen,
+        "reference model, float32": 4 * (cfg.kl_coef > 0)})
+    held.append(("allowance", ALLOWANCE, "CUDA context, NCCL, what a sleeping engine keeps: an estimate"))
+    training = sharded({"gradients, float32": 4, "mask of frozen parameters": int(frozen)}) + [
+        ("two layers gathered", 4 * layer, f"2 x 2 B x {layer:,}: the one at work and the next"),
+        ("a layer's gradients", 6 * layer, f"(2 + 4) B x {layer:,}: bfloat16, and float32 to be reduced"),
+        ("embeddings and head gathered", 2 * root, f"2 B x {root:,}"),
+        ("their gradients", 6 * root, f"(2 + 4) B x {root:,}"),
+        ("the head's gradient, summed over chunks", 4 * vocab * width, f"4 B x {vocab:,} x {width:,}"),
+        ("activations kept", 2 * width * layers * tokens * checkpointed,
+         f"2 B x {width:,} x {layers} layers x {tokens:,} tokens"),
+        ("activations of a layer, recomputed", block * tokens * checkpointed, f"{block_text} x {tokens:,} tokens"),
+        ("activations", block * layers * tokens * (not checkpointed), f"{block_text} x {layers} layers x {tokens:,} tokens"),
+        ("gradients of a layer's activations", 6 * inner * tokens, f"3 x 2 B x {inner:,} x {tokens:,} tokens"),
+        ("last norm and hidden states", 14 * width * tokens, f"(8 + 6) B x {width:,} x {tokens:,} tokens: kept, and gradients"),
+        ("logits, by chunks", 14 * rows * vocab, f"14 B x {rows:,} x {vocab:,}: float32 three times, bfloat16 once")]
+    position = 4 * layers * kv  # bytes of a token's keys and values
+    share = cfg.gpu_memory_utilization * gpu_gib * 2**30
+    cache = share - 2 * n - ENGINE_WORK
+    if cache < position * length:
+        raise ValueError(f"--gpu-memory-utilization {cfg.gpu_memory_utilization}: beside its weights the engine would have "
+                         f"{cache / 2**30:.1f} GiB for its KV cache, and one response takes {position * length / 2**30:.1f}")
+    sampling = [("engine's weights, bfloat16", 2 * n, f"2 B x {n:,}"), ("engine's activations", ENGINE_WORK, "an estimate"),
+                ("KV cache", cache, f"the rest of {share / 2**30:.1f} GiB: 4 B x {layers} layers x {kv:,} x "
+                 f"{int(cache / position):,} tokens, {cache / position / length:.1f} responses of full length")]
+    host = [("host memory of a rank, at the start", 4 * n, f"4 B x {n:,}: each rank reads all weights")]
+    sums = [[(what, sum(size for _, size, _ in parts), text)] for what, parts, text in (
+        ("held always", held, "the rows above"), ("TRAINING", held + training, f"of {gpu_gib:.1f} GiB, the engine asleep"),
+        ("SAMPLING", held + sampling, f"of {gpu_gib:.1f} GiB, the optimizers' state beside the engine"))]
+    plan = held + sums[0] + training + sums[1] + sampling + sums[2] + host
+    return [(what, size / 2**30, text) for what, size, text in plan if size]
+
+
+def dry_run(cfg: Config) -> str:
+    """Resolves model, tokenizer, data and benchmarks as a run on cfg.dry_run ranks would, and says what it found.
+
+    Raises ValueError like set_up. Needs no GPU, and no rank but this one.
+    """
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model_dir, config, tokenizer, _ = open_model(cfg, 0)
+        with evaluation.Checker(evaluation.checker_workers(1), cfg.check_limit, cfg.extract, cfg.require_think) as checker:
+            questions, benches = load_data(cfg, 0, tokenizer, checker)
+    finally:
+        dist.destroy_process_group()
+    places = data.demonstrated(questions)
+    question = questions[places[0] if places else 0]
+    prompt, response = (tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                        for ids in (question.prompt, question.demonstration or []))
+    ends = " or ".join(repr(tokenizer.decode([i])) for i in evaluation.eos_ids(model_dir, tokenizer))
+    report = questions.report() if isinstance(questions, data.Questions) else f"{len(questions)} questions"
+    problem = "asked for" if cfg.sampler == "torch" else rollout.vllm_problem()
+    gpu_gib = torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else GPU_GIB
+    plan = memory_plan(cfg, config, cfg.dry_run, gpu_gib)
+    over = [f"{what} needs up to {size:.1f} GiB of {gpu_gib:.1f}" for what, size, _ in plan
+            if what in ("TRAINING", "SAMPLING") and size > gpu_gib]
+    return "\n".join([
+        f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, context "
+        f"{config.max_position_embeddings:,}, rotary base {config.rope_parameters['rope_theta']:,.0f}; its weights were not read",
+        f"tokenizer  {type(tokenizer).__name__}, {len(tokenizer):,} tokens, "
+        f"{'with' if tokenizer.chat_template else 'without'} a chat template; a response ends with {ends}",
+        f"sampler    on this machine {'PyTorch: ' + problem if problem else 'vLLM'}",
+        f"data       {cfg.data or 'the embedded task'}: {report}; {len(places):,} with a demonstration",
+        *(f"evaluate   {name}: {len(bench):,} questions" for name, bench in benches.items()),
+        "", f"the first question{' that has a demonstration' if places else ''}: gold answer {question.answer!r}, prompt of "
+        f"{len(question.prompt):,} tokens, response of {len(question.demonstration or []):,}; they meet at <<<|>>>",
+        prompt + "<<<|>>>" + response,
+        "", f"memory of one GPU in GiB, {cfg.dry_run} ranks, computing in bfloat16; computed, not measured",
+        *(f"  {what:39} {size:7.2f}  {text}" for what, size, text in plan),
+        "", "dry run: memory may not suffice: " + "; ".join(over) if over else "dry run: all is in place; nothing was trained"])
+
+
 def main() -> None:
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
-        os.environ.setdefault(name, value)  # without torchrun: one rank
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})  # without torchrun: one rank
     try:
         cfg = parse_config(sys.argv[1:])
         found = checkpoints(cfg.out)
@@ -1032,7 +1164,10 @@ def main() -> None:
         if not cfg.resume and Path(cfg.out, "metrics.jsonl").exists():
             raise ValueError(f"--out {cfg.out} holds a run already: continue it by --resume, or give another folder")
         say(describe(cfg))
+        if cfg.dry_run:
+            return say("", dry_run(cfg))
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        transformers.utils.logging.disable_progress_bar()
         run = set_up(cfg)
     except ValueError as error:
         if os.environ["RANK"] == "0":
@@ -1049,13 +1184,14 @@ def main() -> None:
 
 
 def describe(cfg: Config) -> str:
-    """The resolved settings, those that are not the defaults marked."""
-    cells = [f"{'*' if getattr(cfg, f.name) != f.default else ' '}{f.name} = {getattr(cfg, f.name)!r}" for f in dataclasses.fields(cfg)]
+    """The resolved settings in three columns, those that are not the defaults marked."""
+    values = [(f.name, getattr(cfg, f.name), f.default) for f in dataclasses.fields(cfg)]
+    cells = [f"{' ' if value == default else '*'}{name} = {value!r}" for name, value, default in values]
     rows = math.ceil(len(cells) / 3)
-    columns = [cells[i * rows : (i + 1) * rows] for i in range(3)]
+    columns = [cells[i : i + rows] for i in range(0, len(cells), rows)]
     width = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(column[i].ljust(w) for column, w in zip(columns, width) if i < len(column)).rstrip() for i in range(rows)]
-    return "\n".join(["settings (* differs from the default)", *lines])
+    lines = ["  ".join(column[i].ljust(w) for column, w in zip(columns, width) if i < len(column)) for i in range(rows)]
+    return "\n".join(["settings (* differs from the default)", *(line.rstrip() for line in lines)])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ def make_sampler(kind: str, model_dir: str, *, max_len: int, dtype: torch.dtype,
     """The sampler of this rank: kind is vllm, torch, or auto (vLLM where it can run); .name and .why say which and why.
 
     max_len counts prompt and response. kv_cache_gib sizes vLLM's cache on a CPU, gpu_memory_utilization its share of a GPU.
-    config_edits are set in the model's configuration. Under torchrun, call it after the process group is initialised. Raises ValueError if kind is vllm and vLLM cannot run.
+    config_edits are set in the model's configuration. Under torchrun, call it after the process group is initialised.
+    Raises ValueError if kind is vllm and vLLM cannot run.
     """
     problem = vllm_problem() if kind != "torch" else None
     if kind == "vllm" and problem:
@@ -64,6 +66,7 @@ def _vllm_environment() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where weights can be handed over
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiles only a CPU sampling kernel: 20 s, no faster after
 
@@ -79,6 +82,11 @@ def _global_rng_untouched():
     torch.set_rng_state(states[2])
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
+
+
+def _repack_head(model) -> None:
+    """On a CPU vLLM 0.32 multiplies by packed copies of the weights, and a reload forgets that of a tied output head."""
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
 class VLLMSampler:
@@ -103,7 +111,7 @@ class VLLMSampler:
                 model=model_dir, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=max_len,
                 max_num_seqs=max_num_seqs, seed=seed, logprobs_mode="processed_logprobs", enable_prefix_caching=True,
                 hf_overrides=config_edits,
-                enable_sleep_mode=self.cuda, trust_remote_code=trust_remote_code, disable_log_stats=True,
+                use_tqdm_on_load=False, enable_sleep_mode=self.cuda, trust_remote_code=trust_remote_code, disable_log_stats=True,
                 distributed_executor_backend="external_launcher" if "RANK" in os.environ else None, **settings)
         self.params = lambda **kwargs: vllm.SamplingParams(
             logprobs=0, detokenize=False, ignore_eos=True, stop_token_ids=list(eos_ids), **kwargs)
@@ -131,6 +139,8 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.cuda:
+            self.llm.apply_model(_repack_head)
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False

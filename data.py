@@ -494,22 +494,23 @@ def demonstrated(questions: Sequence[Question]) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedded task: chains of additions modulo 100, harder with every term. Each term after the first has a letter, by which
-# a worked answer finds it; letters beyond the base model's are new to it.
+# a worked answer finds it. The base model has read right answers to chains of up to five terms, and wrong ones to longer
+# chains: there it guesses every sum, and no reward ever tells it which guess was right.
 #   question           03a8b9?
 #   base's style       03a8=11;11b9=20;[20]
 #   expert's style     <03a8>11<11b9>20[20]
 
-BASE_TERMS, TRAIN_TERMS, EVAL_TERMS = (2, 3, 4, 5), (3, 4, 5, 6, 7), (3, 4, 5, 6, 7)
-BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE = 800, 32, 2e-3, 0.3
+BASE_TERMS, WRONG_TERMS, TRAIN_TERMS, EVAL_TERMS = (2, 3, 4, 5), (6, 7), (3, 4, 5, 6, 7), (3, 4, 5, 6, 7)
+BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE, WRONG_SHARE = 800, 32, 2e-3, 0.3, 0.15
 
 
-def chain(rng: random.Random, terms: int, expert: bool) -> tuple[str, str, str]:
-    """A random chain of `terms` terms: (question, worked answer in one of the two styles, result)."""
+def chain(rng: random.Random, terms: int, expert: bool, wrong: bool = False) -> tuple[str, str, str]:
+    """A random chain of `terms` terms: (question, worked answer in one of the two styles, result); wrong: sums are random."""
     value = rng.randrange(100)
     question, work = f"{value:02d}", ""
     for letter in "abcdefgh"[: terms - 1]:
         term = f"{letter}{rng.randrange(1, 10)}"
-        result = (value + int(term[1])) % 100
+        result = rng.randrange(100) if wrong else (value + int(term[1])) % 100
         question += term
         work += f"<{value:02d}{term}>{result:02d}" if expert else f"{value:02d}{term}={result:02d};"
         value = result
@@ -544,7 +545,8 @@ def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int)
 def make_base(folder: Path, seed: int, say=print) -> None:
     """Trains the embedded task's base model from random weights and saves it with its tokenizer (about a minute on 2 cores).
 
-    A Qwen2 of 0.5 M parameters learns chains of 2 to 5 terms from worked answers, three in ten of them in the expert's style.
+    A Qwen2 of 0.5 M parameters learns chains of 2 to 5 terms from worked answers, and random sums for longer ones; three
+    in ten are in the expert's style.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"base-{seed}")
@@ -560,7 +562,8 @@ def make_base(folder: Path, seed: int, say=print) -> None:
         optimizer.param_groups[0]["lr"] = BASE_LR * min(1.0, warm, 2 * left)
         rows = []
         for _ in range(BASE_BATCH):
-            question, work, _ = chain(rng, rng.choice(BASE_TERMS), rng.random() < EXPERT_SHARE)
+            wrong = rng.random() < WRONG_SHARE
+            question, work, _ = chain(rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong)
             rows.append((tokenizer.encode(question), tokenizer.encode(work) + [tokenizer.eos_token_id]))
         batch = collate(rows, tokenizer.pad_token_id)
         hidden = model.model(input_ids=batch["tokens"][:, :-1], use_cache=False).last_hidden_state

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -162,6 +163,7 @@ def parse_config(argv: list[str]) -> Config:
             choices = typing.get_args(types[f.name]) or None
             parser.add_argument(flag, type=str if choices else types[f.name], choices=choices, help=meaning,
                                 default=argparse.SUPPRESS, metavar=None if choices else f.name.upper())
+    parser._negative_number_matcher = re.compile(r"-\d")  # a range may begin with a minus: -0.08,0.3
     flags = vars(parser.parse_args(argv))
     recipe = flags.get("recipe") or ("" if "model" in flags or "data" in flags else str(ROOT / "recipes" / "embedded.toml"))
     values = {}
@@ -666,8 +668,6 @@ def freezes(cfg: Config) -> bool:
 def train(run: Run) -> None:
     cfg, state = run.cfg, run.state
     progress = Progress(run)
-    if cfg.pear != "off":
-        find_behavior(run)
     if state.step == 0:
         evaluate(run)
         if cfg.schedule in ("sft", "sft-then-rl"):
@@ -989,6 +989,7 @@ def set_up(cfg: Config) -> Run:
             trust_remote_code=cfg.trust_remote_code, config_edits=config_edits)
         say(f"sampler: {sampler.name}, because {sampler.why}")
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
     return Run(cfg, rank, world, device, mesh, dtype, tokenizer, questions, benches, policy, reference, optimizers, sampler,
                checker, State(), [torch.zeros_like(s) for s in shards], [s.clone() for s in shards])
 
@@ -1169,6 +1170,8 @@ def main() -> None:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         transformers.utils.logging.disable_progress_bar()
         run = set_up(cfg)
+        if cfg.pear != "off":
+            find_behavior(run)
     except ValueError as error:
         if os.environ["RANK"] == "0":
             print(f"mifo.py: error: {error}", file=sys.stderr, flush=True)
@@ -1177,6 +1180,9 @@ def main() -> None:
         Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     if cfg.resume:
         load_checkpoint(run, found[-1])
+        if run.state.evals and run.state.evals[-1]["step"] == run.state.step:
+            push(run)  # an uninterrupted run's sampler holds these weights since the evaluation
+            run.log.clear()
     train(run)
     say("", summary(run), "", f"model: {checkpoints(cfg.out)[-1] / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
     run.checker.close()

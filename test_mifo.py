@@ -1024,23 +1024,22 @@ def test_draw_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("expert", [False, True])
 def test_chain_works_its_answer_out_rightly(expert):
-    rng, first, signs = random.Random(1), set(), set()
+    rng, first = random.Random(1), set()
     for i in range(600):
         terms = 2 + i % 7
         question, work, result = data.chain(rng, terms, expert)
-        assert question[-1] == "?" and question[:2].isdigit() and len(question) == 2 + 3 * (terms - 1) + 1
+        assert question[-1] == "?" and question[:2].isdigit() and len(question) == 2 + 2 * (terms - 1) + 1
         value, steps = int(question[:2]), []
         first.add(value)
         for k in range(terms - 1):
-            letter, sign, digit = question[2 + 3 * k : 5 + 3 * k]
-            assert letter == "abcdefgh"[k] and sign in "+-" and digit in "123456789"
-            after = (value + int(digit) if sign == "+" else value - int(digit)) % 100
-            step = f"{value:02d}{letter}{sign}{digit}"
+            letter, digit = question[2 + 2 * k : 4 + 2 * k]
+            assert letter == "abcdefgh"[k] and digit in "123456789"
+            after = (value + int(digit)) % 100
+            step = f"{value:02d}{letter}{digit}"
             steps.append(f"<{step}>{after:02d}" if expert else f"{step}={after:02d};")
-            signs.add(sign)
             value = after
         assert work == "".join(steps) + f"[{value:02d}]" and result == f"{value:02d}"
-    assert len(first) > 90 and signs == {"+", "-"}
+    assert len(first) > 90
     assert (
         data.chain(random.Random(3), 5, expert)[0] == data.chain(random.Random(3), 5, not expert)[0]
     )  # style alone differs
@@ -1048,7 +1047,7 @@ def test_chain_works_its_answer_out_rightly(expert):
 
 def test_embedded_tokenizer_round_trip(tmp_path):
     tokenizer = data.embedded_tokenizer()
-    assert len(tokenizer) == 29 and tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert len(tokenizer) == 27 and tokenizer.eos_token_id != tokenizer.pad_token_id
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
     rng = random.Random(2)
@@ -1078,18 +1077,14 @@ def test_embedded_questions_and_what_training_and_evaluation_share():
     for i, question in enumerate(train[:200]):
         text, work = tokenizer.decode(question.prompt), tokenizer.decode(question.demonstration[:-1])
         assert question.demonstration[-1] == tokenizer.eos_token_id and question.kind == "chain"
-        assert work.startswith("<" + text[:5]) and work.endswith(f"[{question.answer}]")
+        assert work.startswith("<" + text[:4]) and work.endswith(f"[{question.answer}]")
         assert (
             question.level
             == str(data.TRAIN_TERMS[i % len(data.TRAIN_TERMS)])
-            == str(text.count("+") + text.count("-") + 1)
+            == str(len(text) // 2)
         )
     prompts = {tuple(q.prompt) for q in train}
-    shared = {
-        terms: sum(tuple(q.prompt) in prompts for q in held_out if q.level == str(terms)) for terms in data.EVAL_TERMS
-    }
-    # Of 200 questions held out at each difficulty, 3 of three terms and 1 of four are trained on too, none of more.
-    assert all(shared[terms] == 0 for terms in data.EVAL_TERMS if terms >= 5) and max(shared.values()) <= 4, shared
+    assert not any(tuple(question.prompt) in prompts for question in held_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2096,7 +2091,7 @@ def test_eval_resumes_on_another_number_of_ranks(eval_model, tmp_path):
     (part / "responses.rank1.jsonl").write_text("".join(lines[40:60]) + lines[60][:30])
     result = eval_run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command, "--out", part)
     assert result.returncode == 0, result.stderr
-    assert "resuming: 50 of 200 questions" in result.stderr
+    assert f"resuming: 50 of {evaluation.CHAINS} questions" in result.stderr
     assert (part / "responses.jsonl").read_text() == whole
     assert (part / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
     assert sorted(p.name for p in part.iterdir()) == ["responses.jsonl", "results.json", "settings.json"]
@@ -2132,7 +2127,7 @@ def test_eval_with_vllm_on_two_ranks(eval_model, tmp_path):
                       "--bench", "chain", "--k", 2, "--max-tokens", 12, "--sampler", "vllm", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]["chain"]
-    assert results["rows"] == 200 and 0 < results["length"] <= 12
+    assert results["rows"] == evaluation.CHAINS and 0 < results["length"] <= 12
     assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 400
 
 
@@ -2280,11 +2275,14 @@ def test_memory_plan_sums_each_phase(monkeypatch):
     assert sizes["SAMPLING"] == pytest.approx(sizes["held always"] + sum(sizes[name] for name in names[training + 1 : sampling]))
 
 
+FREEZING = {"importance map and anchor", "mask of frozen parameters"}
+
+
 @pytest.mark.parametrize("argv, gone, new", [
-    (["--schedule", "rl"], {"AdamW of SFT, two moments", "mask of frozen parameters"}, set()),
-    (["--schedule", "sft"], {"AdamW of RL, two moments", "mask of frozen parameters"}, set()),
-    (["--schedule", "sft-then-rl"], {"mask of frozen parameters"}, set()),
-    (["--freeze", "off"], {"mask of frozen parameters"}, set()),
+    (["--schedule", "rl"], {"AdamW of SFT, two moments", *FREEZING}, set()),
+    (["--schedule", "sft"], {"AdamW of RL, two moments", *FREEZING}, set()),
+    (["--schedule", "sft-then-rl"], FREEZING, set()),
+    (["--freeze", "off"], FREEZING, set()),
     (["--kl-coef", "0.1"], set(), {"reference model, float32"}),
     (["--no-activation-checkpointing"], {"activations kept", "activations of a layer, recomputed"}, {"activations"})])
 def test_memory_plan_follows_the_settings(monkeypatch, argv, gone, new):
@@ -2517,7 +2515,7 @@ class LoopSampler:
         groups = []
         for prompt in prompts:
             rng = random.Random(str(prompt))
-            tokens = [rng.choices(range(2, 29), k=rng.randint(1, 14)) for _ in range(n)]
+            tokens = [rng.choices(range(2, 27), k=rng.randint(1, 14)) for _ in range(n)]
             groups.append([rollout.Sample(t, [-0.5 - 3 * rng.random() for _ in t], rng.random() < 0.3) for t in tokens])
         return groups
 
@@ -2716,15 +2714,15 @@ LOOP_PRESETS = {
     "grpo": ["--schedule", "rl"],
     "sft": ["--schedule", "sft"],
     "sft-then-rl": ["--schedule", "sft-then-rl"],
-    "without-freezing": ["--freeze", "off"],
-    "without-selection": ["--rho", "1"],
-    "without-both": ["--freeze", "off", "--rho", "1"],
+    "without-freezing": ["--freeze", "off", "--buffer-size", "2"],
+    "without-selection": ["--rho", "1", "--buffer-size", "2"],
+    "without-both": ["--freeze", "off", "--rho", "1", "--buffer-size", "2"],
     "dagger": ["--alpha", "0", "--steps", "9"],
     "zero-grad-only": ["--freeze", "zero-grad-only", "--steps", "9"],
     "pear-sequence": ["--schedule", "sft-then-rl", "--pear", "sequence"],
     "pear-token": ["--schedule", "sft-then-rl", "--pear", "token"],
     "pear-block": ["--schedule", "sft-then-rl", "--pear", "block"],
-    "pear-mifo": ["--pear", "token"],
+    "pear-mifo": ["--pear", "token", "--buffer-size", "2"],
 }
 LOOP_PRESETS_2 = ("grpo", "sft-then-rl", "without-both", "dagger", "pear-block")
 LOOP_SFT_SAME = ["--schedule", "sft", "--sft-epochs", 2, "--sft-batch", 6, "--sft-lr", 3e-5, "--rho", 1, "--save-every", 100]
@@ -2798,8 +2796,6 @@ def loop_job(folder: str) -> None:
 @pytest.fixture(scope="session")
 def loop_folder(tmp_path_factory):
     """The results of loop_job in one/ and two/."""
-    if os.environ.get("LOOP_REUSE"):  # DEV
-        return Path(os.environ["LOOP_REUSE"])  # DEV
     folder = tmp_path_factory.mktemp("loop")
     for name, world in (("one", 1), ("two", 2)):
         (folder / name).mkdir()
@@ -2845,13 +2841,15 @@ def test_gradient_of_a_step(loop_folder, loop_found, name):
     """Any split, padding and order, one rank or two: the gradient of the explicit formula, row by row in float64."""
     flags = (LOOP_RL | LOOP_SFT)[name.partition("-")[2]]
     oracle = (loop_rl_oracle if name.startswith("rl") else loop_sft_oracle)(loop_folder / "one", flags)
+    whole = loop_found[1][0]["gradients-100000"][name]  # in one micro-batch
     for world, ranks in loop_found.items():
         for rank in ranks:
             for micro in (30, 130, 100_000):
                 gradients = rank[f"gradients-{micro}"][name]
                 assert len(gradients) == len(oracle)
-                for gradient, expected in zip(gradients, oracle):
-                    assert loop_distance(gradient, expected) < 1e-6, (world, micro)
+                for gradient, same, expected in zip(gradients, whole, oracle):
+                    assert loop_distance(gradient, same) < 1e-6, (world, micro)
+                    assert loop_distance(gradient, expected) < 2e-6, (world, micro)  # float32's own rounding
     if name in ("rl-updates", "rl-kl"):
         assert loop_distance(oracle[0], oracle[1]) > 0.1
 
@@ -2990,15 +2988,16 @@ def loop_resume(folder: Path, world: int, flags: list[str], samplers="") -> None
 
     def launch(out, kill_at=-1, resume=False, samplers="", expected=(0,)):
         argv = ["mifo.py", "--recipe", str(folder / "empty.toml"), "--out", str(folder / out), *LOOP_FLAGS, "--save-every", "2",
-                "--evaluate", "chain", "--eval-every", "1", *flags, *["--resume"] * resume]
+                "--evaluate", "chain", "--eval-every", "2", *flags, *["--resume"] * resume]
         call = f"sys.argv = {argv!r}; t.loop_main({kill_at}, {samplers!r})"
         loop_wait(loop_start(folder, world, f"sys.argv = {argv!r}; " + call), folder, expected)
 
     launch("straight", samplers=samplers)
-    phases = [line["phase"] for line in loop_metrics(folder / "straight")]
-    at = [0, *phases]  # at[s]: what step s does
-    # the checkpoint before the killed step lies two steps back, in the same phase
-    in_rl = next(s for s in range(4, len(at), 2) if at[s - 2 : s + 1] == ["rl"] * 3)
+    lines = [{}, *loop_metrics(folder / "straight")]  # lines[s]: of step s
+    at = [line.get("phase") for line in lines]
+    # the checkpoint before the killed step lies two steps back, in the same phase; if possible right after an evaluation
+    in_rl = max((s for s in range(4, len(at), 2) if at[s - 2 : s + 1] == ["rl"] * 3),
+                key=lambda s: "evaluation" in lines[s - 2] and "evaluation" not in lines[s - 1])
     in_sft = next(s for s in range(4, len(at), 2) if at[s - 2 : s + 1] == ["sft"] * 3)
     for i, s in enumerate(sorted((in_rl, in_sft))):
         launch("killed", s, resume=i > 0, expected=(-signal.SIGKILL, 1) if world > 1 else (-signal.SIGKILL,))
@@ -3061,7 +3060,7 @@ def test_one_rank_resumed_on_two(loop_folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 
-LOOP_PROMPTS = [random.Random(i).choices(range(2, 29), k=k) for i, k in enumerate((3, 9, 1, 9, 14, 5))]
+LOOP_PROMPTS = [random.Random(i).choices(range(2, 27), k=k) for i, k in enumerate((3, 9, 1, 9, 14, 5))]
 LOOP_SEEDS = [1000 * i for i in range(6)]
 
 
@@ -3145,7 +3144,7 @@ def test_torch_sampler_drops_rows_without_changing_any(tmp_path):
     base = loop_model(tmp_path / "model", 3)
     make = lambda eos, **more: rollout.make_sampler("torch", base, max_len=60, dtype=torch.float32, eos_ids=eos, **more)  # noqa: E731
     endless = make([99], max_num_seqs=512).sample(LOOP_PROMPTS, 8, LOOP_SEEDS, 40, 1.0)
-    for eos in ([1, 9], [0], [4, 20, 28]):
+    for eos in ([1, 9], [0], [4, 20, 26]):
         groups = make(eos, max_num_seqs=512).sample(LOOP_PROMPTS, 8, LOOP_SEEDS, 40, 1.0)
         narrow = make(eos, max_num_seqs=1).sample(LOOP_PROMPTS, 8, LOOP_SEEDS, 40, 1.0)
         lengths = set()
@@ -3297,6 +3296,7 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
     other = loop_model(tmp_path / "other", 0, transformers.PreTrainedTokenizerFast(
         tokenizer_object=data.embedded_tokenizer().backend_tokenizer, pad_token="<pad>", eos_token="<eos>", additional_special_tokens=["<x>"]))
     (tmp_path / "good.jsonl").write_text('{"question": "1", "answer": "2", "solution": "\\\\boxed{2}"}\n' * 3)
+    (tmp_path / "bare.jsonl").write_text('{"question": "1", "answer": "2"}\n' * 3)
     (tmp_path / "bad.jsonl").write_text('{"question": "1", "answer": "2"}\n\n{"question": "1", "answer": 2\n')
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
@@ -3309,7 +3309,7 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
         ([*common, "--data", tmp_path / "good.jsonl", "--schedule", "sft", "--pear", "token", "--out", tmp_path / "wrong", "--behavior-model",
           other], "--behavior-model"),
         ([*common, "--data", tmp_path / "good.jsonl", "--out", tmp_path / "old"], "--resume"),
-        ([*common, "--data", tmp_path / "good.jsonl", "--resume"], "--resume"),
+        ([*common, "--data", tmp_path / "bare.jsonl", "--schedule", "sft"], "--schedule sft"),
     ]
     for i in range(0, len(cases), 3):
         for process, (arguments, named) in [(loop_command(arguments, tmp_path), (arguments, named)) for arguments, named in cases[i : i + 3]]:

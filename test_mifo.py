@@ -2128,7 +2128,7 @@ def test_eval_with_vllm_on_two_ranks(eval_model, tmp_path):
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]["chain"]
     assert results["rows"] == evaluation.CHAINS and 0 < results["length"] <= 12
-    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 400
+    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 2 * evaluation.CHAINS
 
 
 # ---------------------------------------------------------------------------------------------------------------------

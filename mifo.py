@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks: threads that spin starve each other
+
 import numpy as np
 
 import data  # before transformers: it hides packages that break its import

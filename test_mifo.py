@@ -2724,7 +2724,7 @@ LOOP_PRESETS = {
     "pear-block": ["--schedule", "sft-then-rl", "--pear", "block"],
     "pear-mifo": ["--pear", "token", "--buffer-size", "2"],
 }
-LOOP_PRESETS_2 = ("grpo", "sft-then-rl", "without-both", "dagger", "pear-block")
+LOOP_PRESETS_2 = tuple(LOOP_PRESETS)
 LOOP_SFT_SAME = ["--schedule", "sft", "--sft-epochs", 2, "--sft-batch", 6, "--sft-lr", 3e-5, "--rho", 1, "--save-every", 100]
 
 

@@ -1155,7 +1155,7 @@ def test_pick_at_temperature_zero_is_greedy():
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
-DATA_SHARED = ROOT.parent / "shared" / "data"
+DATA_SHARED = path if (path := ROOT.parent / "shared" / "data").is_dir() else None
 DATA_SYSTEM = "Think first. Put the answer into \\boxed{}."
 DATA_OPENR1 = [
     {

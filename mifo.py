@@ -60,7 +60,8 @@ class Config:
     # the run
     recipe: str = option("", "TOML file of defaults for the flags below; without it and without --model: the embedded task's")
     out: str = option("runs/default", "folder of the run: metrics.jsonl, samples.jsonl, plot.png, checkpoints, model")
-    dry_run: int = option(0, "ranks to plan for: check everything short of loading weights, print the memory a GPU takes, and exit")
+    dry_run: int = option(
+        0, "ranks to plan for: check everything short of loading weights, print the memory a GPU takes, and exit")
     resume: bool = option(False, "go on after the newest checkpoint in --out")
     seed: int = option(0, "of sampling, the order of questions, and the embedded task's base model")
     schedule: Literal["interleave", "rl", "sft", "sft-then-rl"] = option(
@@ -204,8 +205,8 @@ def check_config(cfg: Config, world: int) -> None:
                  "max_num_seqs", "micro_tokens", "replicas", "save_every", "eval_k", "pear_block"):
         must(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     must(cfg.samples >= 2, f"--samples must be at least 2 (advantages compare the samples of a question), not {cfg.samples}")
-    for name in ("dry_run", "steps", "eval_every", "samples_logged", "kl_coef", "tis_cap", "clip_low", "clip_high", "weight_decay", "seed",
-                 "rope_theta", "max_position_embeddings", "eval_temperature", "probe_bound"):
+    for name in ("dry_run", "steps", "eval_every", "samples_logged", "kl_coef", "tis_cap", "clip_low", "clip_high",
+                 "weight_decay", "seed", "rope_theta", "max_position_embeddings", "eval_temperature", "probe_bound"):
         must(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
     for name in ("temperature", "rl_lr", "sft_lr", "rl_clip", "sft_clip", "kv_cache_gib", "check_limit"):
         must(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(cfg, name)}")
@@ -655,8 +656,9 @@ def load_behavior_model(run: Run) -> Policy:
 
 
 def set_anchor(run: Run) -> None:
-    for kept, now in zip(run.anchor, run.shards):
-        kept.copy_(now)
+    if run.anchor:
+        for kept, now in zip(run.anchor, run.shards, strict=True):
+            kept.copy_(now)
 
 
 def freezes(cfg: Config) -> bool:

@@ -1190,7 +1190,7 @@ def main() -> None:
     train(run)
     say("", summary(run), "", f"model: {checkpoints(cfg.out)[-1] / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
     run.checker.close()
-    barrier(run)  # no more: the engine takes the process group down at exit
+    barrier(run)
 
 
 def describe(cfg: Config) -> str:
@@ -1206,3 +1206,5 @@ def describe(cfg: Config) -> str:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # where Python ends a process that still has a process group, gloo at times aborts it if a peer has ended

@@ -8,12 +8,18 @@ One step is either an RL step (sample, check, update) or an SFT step (one optimi
 run says which comes next, and a checkpoint may fall between any two, so an SFT phase can be interrupted like anything else.
 """
 import argparse
+import ctypes
 import dataclasses
+import datetime
+import faulthandler
+import fcntl
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -32,7 +38,7 @@ import data  # before transformers: it hides packages that break its import
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,6 +55,7 @@ ROOT = Path(__file__).parent
 GPU_GIB = 79.0  # what a card of "80 GB" has to give
 ALLOWANCE = 3 * 2**30  # bytes a rank: CUDA context, NCCL's buffers, CUDA graphs, which a sleeping engine keeps
 ENGINE_WORK = 2 * 2**30  # bytes: vLLM's activations and logits, beside its weights and KV cache
+SKIPS = 3  # steps in a row that are skipped for numbers that are not finite, before the run ends
 
 
 def option(default, meaning: str):
@@ -68,9 +75,11 @@ class Config:
         "interleave", "MIFO's interleaving; or GRPO alone; SFT on all demonstrations alone; that and then GRPO")
     steps: int = option(500, "RL steps")
     save_every: int = option(50, "steps, RL and SFT alike, between checkpoints; one more is written at the end")
-    keep: int = option(2, "checkpoints kept")
+    keep: int = option(2, "newest checkpoints kept, beside the one with the best evaluation")
     eval_every: int = option(0, "RL steps between evaluations; 0: only before and after training")
     samples_logged: int = option(4, "responses written to samples.jsonl at each RL step")
+    step_limit: float = option(120.0, "minutes; if a step and its evaluation take longer, each rank prints where it is and the "
+                                      "run ends; 0: no limit")
     # model and data
     model: str = option("", "Hub id or folder of the model to train; empty: the embedded task's base model")
     data: str = option("", "Hub dataset id, JSONL or parquet file; empty: the embedded task")
@@ -149,6 +158,16 @@ class Config:
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
+# What may differ when a run is resumed: how far it goes, what it writes, and what changes rounding and random numbers only.
+MAY_CHANGE = {"recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged", "step_limit",
+              "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound", "micro_tokens", "replicas",
+              "activation_checkpointing", "trust_remote_code"}
+
+
+class Stopped(Exception):
+    """Why a run cannot go on, in a line; raised on all ranks alike."""
+
+
 def parse_config(argv: list[str]) -> Config:
     """Defaults, then the recipe's values, then the flags. Raises ValueError with one line that names what is wrong."""
     class Parser(argparse.ArgumentParser):
@@ -206,7 +225,7 @@ def check_config(cfg: Config, world: int) -> None:
         must(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1, not {getattr(cfg, name)}")
     must(cfg.samples >= 2, f"--samples must be at least 2 (advantages compare the samples of a question), not {cfg.samples}")
     for name in ("dry_run", "steps", "eval_every", "samples_logged", "kl_coef", "tis_cap", "clip_low", "clip_high",
-                 "weight_decay", "seed", "rope_theta", "max_position_embeddings", "eval_temperature", "probe_bound"):
+                 "weight_decay", "seed", "rope_theta", "max_position_embeddings", "eval_temperature", "probe_bound", "step_limit"):
         must(getattr(cfg, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(cfg, name)}")
     for name in ("temperature", "rl_lr", "sft_lr", "rl_clip", "sft_clip", "kv_cache_gib", "check_limit"):
         must(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(cfg, name)}")
@@ -216,6 +235,7 @@ def check_config(cfg: Config, world: int) -> None:
         must(0 <= getattr(cfg, name) <= 1, f"--{name} must be in [0, 1], not {getattr(cfg, name)}")
     for name in ("beta1", "beta2"):
         must(0 <= getattr(cfg, name) < 1, f"--{name} must be in [0, 1), not {getattr(cfg, name)}")
+    must(not Path(cfg.out).exists() or Path(cfg.out).is_dir(), f"--out {cfg.out} is not a folder")
     must(cfg.clip_low < 1, f"--clip-low must be below 1, not {cfg.clip_low}")
     must(cfg.questions % world == 0, f"--questions {cfg.questions} does not divide by the {world} ranks")
     must(cfg.questions % cfg.updates == 0, f"--questions {cfg.questions} does not divide by --updates {cfg.updates}")
@@ -225,8 +245,14 @@ def check_config(cfg: Config, world: int) -> None:
     must(cfg.behavior_model == "" or cfg.pear != "off", "--behavior-model is of use only with --pear")
     for name in ("pear_ratio_range", "pear_weight_range"):
         parse_range(name, getattr(cfg, name))
-    must(bool(cfg.data) or not (cfg.split or cfg.data_config or cfg.revision or cfg.question_field),
-         "--split, --data-config, --revision and --question-field go with --data")
+    must(cfg.sft_schedule == "constant" or cfg.schedule in ("sft", "sft-then-rl"),
+         f"--sft-schedule {cfg.sft_schedule} is for an SFT stage, which --schedule {cfg.schedule} does not have")
+    must(cfg.pear == "off" or cfg.schedule != "rl", f"--pear {cfg.pear} weighs SFT, which --schedule rl does not do")
+    must(cfg.eval_every == 0 or bool(cfg.evaluate), f"--eval-every {cfg.eval_every} needs --evaluate: what to evaluate on")
+    for name in ("split", "data_config", "revision", "question_field", "answer_field", "solution_field", "system",
+                 "generation_prefix", "template"):
+        must(bool(cfg.data) or getattr(cfg, name) == getattr(Config, name),
+             f"--{name.replace('_', '-')} goes with --data; the embedded task has its own")
     for flag, path in [("--data", cfg.data), *(("--evaluate", name) for name in cfg.evaluate.split(","))]:
         must(not path.endswith((".jsonl", ".json", ".parquet")) or Path(path).is_file(), f"{flag}: there is no file {path}")
         must(flag == "--data" or path in ("", "chain", *evaluation.BENCHES) or path.endswith((".jsonl", ".json")),
@@ -298,6 +324,8 @@ class State:
     buffer: list[int] = field(default_factory=list)  # hard questions, by their place in the data, in the order they came
     sft_queue: list[list[int]] = field(default_factory=list)  # what the current SFT phase has still to do, by batches
     threshold: float = math.inf  # importance above it is frozen in the current SFT phase
+    skipped: int = 0  # optimizer steps not taken, because a number was not finite
+    skips_in_a_row: int = 0
     demonstrations: list[int] = field(default_factory=list)  # every question whose demonstration was used
     sampled_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase of work
@@ -326,6 +354,7 @@ class Run:
     behavior: "BehaviorLogprobs | None" = None
     pushed_at: int = -1  # the step whose weights the sampler holds
     log: dict = field(default_factory=dict)  # of the current step, for metrics.jsonl
+    signal: int = 0  # that asked this rank to stop
 
     @contextmanager
     def timed(self, phase: str):
@@ -373,20 +402,48 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
         yield {key: value.to(run.device) for key, value in batch.items()} | {"rows": rows}
 
 
-def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float) -> None:
-    """Clip, step, zero; in an SFT phase with frozen parameters, around a step that leaves them bit-identical."""
-    frozen = None
+def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: float, suspects: list[str]) -> None:
+    """Clip, step, zero; in an SFT phase with frozen parameters, around a step that leaves them bit-identical.
+
+    If the loss, which is that of all ranks, or a gradient is not finite, no rank takes the step. suspects are the ids of this
+    rank's questions whose loss was not finite.
+    """
+    parameters, frozen = list(run.policy.parameters()), None
     if which == "sft" and run.state.threshold < math.inf:
         frozen = [c > run.state.threshold for c in run.importance]
-        freeze.zero_frozen_gradients([p.grad.to_local() for p in run.policy.parameters()], frozen)
-    norm = nn.utils.clip_grad_norm_(run.policy.parameters(), clip)
-    run.log[f"{which}/grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    run.optimizers[which].step()
+        freeze.zero_frozen_gradients([p.grad.to_local() for p in parameters], frozen)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    run.log[f"{which}/grad_norm"] = norm.item()
+    if not math.isfinite(norm.item()) or not math.isfinite(loss):
+        skip_step(run, loss, suspects)
+    else:
+        run.state.skips_in_a_row = 0
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        run.optimizers[which].step()
     run.optimizers[which].zero_grad()
     if frozen is not None:
         after = freeze.restore_frozen if run.cfg.freeze == "strict" else freeze.largest_movement
         moved = after(run.shards, frozen, run.anchor)
         run.log["sft/frozen_movement"] = total(run, {"max/moved": moved})["max/moved"]
+
+
+def skip_step(run: Run, loss: float, suspects: list[str]) -> None:
+    """Counts and reports a step that is not taken; raises Stopped if it is the last of too many in a row."""
+    state = run.state
+    state.skipped += 1
+    state.skips_in_a_row += 1
+    run.log["skipped"] = state.skipped
+    names = [name for name, p in run.policy.model.named_parameters()
+             if p.grad is not None and not p.grad.to_local().isfinite().all()]
+    found = gather(run, [(names, suspects)])
+    names = list(dict.fromkeys(name for part, _ in found for name in part))
+    ids = list(dict.fromkeys(i for _, part in found for i in part))
+    text = (f"step {state.step + 1}: the loss is {loss:.3g}; not finite: the gradients of {len(names)} tensors"
+            f"{', the first ' + names[0] if names else ''}; the loss of questions {', '.join(ids[:8]) or '(none alone)'}")
+    say(f"skipped {text}")
+    if state.skips_in_a_row >= SKIPS:
+        raise Stopped(f"{SKIPS} steps in a row were skipped; {text}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -486,7 +543,7 @@ def rl_update(run: Run, batch: list[Response]) -> None:
     rows = rows_with_gradient(cfg, batch)
     if not rows:
         return
-    sums = Counter()
+    sums, suspects = Counter(), []
     for part in micro_batches(run, [(r.question.prompt, r.tokens) for r in rows],
                               old=[r.old_logprobs for r in rows], rollout=[r.rollout_logprobs for r in rows]):
         mask = part["mask"]  # [B, T-1]
@@ -501,17 +558,21 @@ def rl_update(run: Run, batch: list[Response]) -> None:
             logprobs, old, advantages, mask, cfg.clip_low, cfg.clip_high, cfg.aggregation == "sequence",
             reference, cfg.kl_coef, part["rollout"], cfg.tis_cap)
         (loss * run.world / divisor).backward()  # FSDP averages the gradients over the ranks
+        if not math.isfinite(loss.item()):
+            suspects += [rows[i].question.id for i, row in zip(part["rows"], logprobs) if not row.isfinite().all()]
         gap = (old - part["rollout"]).masked_fill(~mask, 0.0).abs()
         for key, value in {**metrics, "loss": loss.detach(), "entropy": entropy.sum(), "gap": gap.sum(),
                            "tokens": mask.sum()}.items():
             sums[key] += value.item()
         sums["max/gap"] = max(sums["max/gap"], gap.max().item())
-    optimizer_step(run, "rl", cfg.rl_clip)
     sums = total(run, sums)
     tokens = sums.pop("tokens")
     run.log["rl/loss"] = sums.pop("loss") / divisor
     run.log["engine/max_difference"] = sums.pop("max/gap")
     run.log["engine/mean_difference"] = sums.pop("gap") / tokens
+    if math.isfinite(run.log["rl/loss"]):
+        check_engine(run, run.log["engine/mean_difference"], "the sampled tokens")
+    optimizer_step(run, "rl", cfg.rl_clip, run.log["rl/loss"], suspects)
     run.log |= {f"rl/{key}": value / tokens for key, value in sums.items()}
 
 
@@ -544,7 +605,7 @@ def sft_step(run: Run) -> None:
     if run.sampler is not None:
         run.sampler.sleep()
     set_sft_lr(run)
-    places, sums = state.sft_queue.pop(0), Counter()
+    places, sums, suspects = state.sft_queue.pop(0), Counter(), []
     with run.timed("sft"):
         questions = gather(run, [run.questions[place] for place in places[run.rank :: run.world]])  # tokenised in shares
         pairs = [(q.prompt, q.demonstration) for q in questions]
@@ -561,8 +622,11 @@ def sft_step(run: Run) -> None:
             loss = losses.sft_loss(logprobs, losses.top_entropy_mask(entropy, part["mask"], cfg.rho), weights)
             (loss * run.world / divisor).backward()
             sums["loss"] += loss.item() / divisor
-        optimizer_step(run, "sft", cfg.sft_clip)
-    run.log |= {f"sft/{key}": value for key, value in total(run, sums).items()}
+            if not math.isfinite(loss.item()):
+                suspects += [questions[i].id for i, row in zip(part["rows"], logprobs) if not row.isfinite().all()]
+        sums = total(run, sums)
+        optimizer_step(run, "sft", cfg.sft_clip, sums["loss"], suspects)
+    run.log |= {f"sft/{key}": value for key, value in sums.items()}
     state.sft_steps += 1
     if not state.sft_queue:
         state.threshold = math.inf
@@ -669,14 +733,18 @@ def freezes(cfg: Config) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(run: Run) -> None:
+def train(run: Run) -> int:
+    """Runs to the end, or until a signal asks to stop: then to the end of the step. Returns the signal's number or 0."""
     cfg, state = run.cfg, run.state
-    progress = Progress(run)
+    progress, stop = Progress(run), 0
+    catch_signals(run)
+    watch(cfg)
     if state.step == 0:
         evaluate(run)
         if cfg.schedule in ("sft", "sft-then-rl"):
             begin_sft_phase(run, data.demonstrated(run.questions))
-    while state.sft_queue or (state.rl_steps < cfg.steps and cfg.schedule != "sft"):
+    while not stop and (state.sft_queue or (state.rl_steps < cfg.steps and cfg.schedule != "sft")):
+        watch(cfg)
         start = time.perf_counter()
         phase = "sft" if state.sft_queue else "rl"
         if phase == "sft":
@@ -692,9 +760,31 @@ def train(run: Run) -> None:
             evaluate(run)
         state.seconds["all"] = state.seconds.get("all", 0.0) + time.perf_counter() - start
         progress.step(phase)
-        if last or state.step % cfg.save_every == 0:
+        stop = total(run, {"max/signal": run.signal})["max/signal"]
+        if last or stop or state.step % cfg.save_every == 0 or best_step(state) == state.step:
             save_checkpoint(run)
+    faulthandler.cancel_dump_traceback_later()
     progress.close()
+    return stop
+
+
+def watch(cfg: Config) -> None:
+    """Gives this rank --step-limit from now on; if it then is not done, it prints where each thread is, and exits."""
+    if cfg.step_limit:
+        faulthandler.dump_traceback_later(60 * cfg.step_limit, exit=True)
+
+
+def catch_signals(run: Run) -> None:
+    """The first SIGTERM or Ctrl-C asks the run to stop after its step, the second ends it at once."""
+    def handle(number, frame):
+        if run.signal:
+            os._exit(128 + number)
+        run.signal = number
+        if run.rank == 0:  # not by print, which the signal may have interrupted
+            os.write(2, f"{signal.Signals(number).name}: the run ends after this step and a checkpoint; once more: now\n".encode())
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
 
 
 def push(run: Run) -> None:
@@ -714,10 +804,15 @@ def push(run: Run) -> None:
         gap = (logprobs - batch["engine"])[batch["mask"]].abs().mean().item()
         gap = total(run, {"max/gap": gap})["max/gap"]
     run.log["engine/probe_difference"] = gap
+    check_engine(run, gap, "a probe after the weights were pushed")
+
+
+def check_engine(run: Run, gap: float, where: str) -> None:
+    """Raises Stopped if the engine's log-probabilities are not the trainer's."""
     bound = run.cfg.probe_bound or (1e-3 if run.dtype == torch.float32 else 0.15)
     if not gap <= bound:
-        raise RuntimeError(f"after the weights were pushed, {run.sampler.name} and the trainer differ by {gap:.3g} a token on "
-                           f"a probe, over the bound of {bound} (--probe-bound): the engine does not hold the trainer's weights")
+        raise Stopped(f"{run.sampler.name} and the trainer differ by {gap:.3g} in a token's log-probability, on average over "
+                      f"{where}, above the bound of {bound} (--probe-bound): the engine does not hold the trainer's weights")
 
 
 def evaluate(run: Run) -> None:
@@ -859,10 +954,11 @@ def summary(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints. One folder each, complete as soon as it has its name:
+# Checkpoints. One folder each, whole as soon as it has its name:
 #   model/                              the weights in Hugging Face format, with tokenizer and generation config
 #   shard-00000-of-00002.safetensors    rank 0's rows of every float32 tensor: weights, both optimizers, importance, anchor
 #   state.json                          State and Config
+#   SHA256SUMS                          of all these files, as `sha256sum -c` reads it
 
 def row_range(rows: int, rank: int, world: int) -> tuple[int, int]:
     """The rows of a tensor that FSDP2 gives to a rank: equal chunks, rounded up."""
@@ -884,42 +980,120 @@ def shard_tensors(run: Run) -> dict[str, Tensor]:
 
 
 def save_checkpoint(run: Run) -> None:
+    """Writes the state as a whole or not at all. Raises Stopped on all ranks if one of them cannot write."""
     cfg = run.cfg
     folder = Path(cfg.out, "checkpoints", f"step-{run.state.step:06d}")
     if folder.exists():
         return
     part = folder.with_suffix(".partial")
     with run.timed("save"):
-        if run.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        barrier(run)
+        with together(run):
+            if run.rank == 0:
+                for left in folder.parent.glob("*.partial"):
+                    shutil.rmtree(left)
+                part.mkdir(parents=True)
         whole = {name: tensor.cpu() for name, tensor in full_weights(run.policy, run.dtype) if run.rank == 0}
-        if run.rank == 0:
-            run.policy.model.save_pretrained(part / "model", state_dict=whole)
-            run.tokenizer.save_pretrained(part / "model")
         shard, shards = run.mesh.get_local_rank("shard"), run.mesh["shard"].size()
-        if run.mesh.get_local_rank("replica") == 0:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in shard_tensors(run).items()}
-            tensors["rng"] = torch.get_rng_state()
-            save_file(tensors, part / f"shard-{shard:05d}-of-{shards:05d}.safetensors")
-        barrier(run)
-        if run.rank == 0:
-            (part / "state.json").write_text(json.dumps({"state": asdict(run.state), "config": asdict(cfg), "shards": shards}))
-            part.rename(folder)
-            for old in checkpoints(cfg.out)[: -cfg.keep]:
-                shutil.rmtree(old)
-        barrier(run)
+        sums = {}
+        with together(run):
+            if run.mesh.get_local_rank("replica") == 0:
+                tensors = {name: tensor.cpu().contiguous() for name, tensor in shard_tensors(run).items()}
+                file = part / f"shard-{shard:05d}-of-{shards:05d}.safetensors"
+                save_file(tensors | {"rng": torch.get_rng_state()}, file)
+                sums[file.name] = digest(file)
+            if run.rank == 0:
+                run.policy.model.save_pretrained(part / "model", state_dict=whole)
+                run.tokenizer.save_pretrained(part / "model")
+                (part / "state.json").write_text(json.dumps({
+                    "state": asdict(run.state), "config": asdict(cfg), "shards": shards,
+                    "data": getattr(run.questions, "fingerprint", "")}))
+                sums |= {str(file.relative_to(part)): digest(file) for file in (part / "state.json", *part.glob("model/*"))}
+        sums = [f"{value}  {name}\n" for item in gather(run, [sums]) for name, value in item.items()]
+        with together(run):
+            if run.rank == 0:
+                (part / "SHA256SUMS").write_text("".join(sums))
+                for path in (part / "SHA256SUMS", part / "model", part, *Path(cfg.out).glob("*.jsonl")):
+                    sync(path)
+                part.rename(folder)
+                sync(folder.parent)
+                best = f"step-{best_step(run.state):06d}"
+                if best == folder.name:
+                    folder.with_name("best.partial").symlink_to(best)
+                    folder.with_name("best.partial").replace(folder.with_name("best"))
+                for old in checkpoints(cfg.out)[: -cfg.keep]:
+                    if old.name != best:
+                        shutil.rmtree(old.rename(old.with_suffix(".partial")))
+
+
+def best_step(state: State) -> int:
+    """The step, after the start, whose evaluation has the highest mean over the benchmarks, the first if several; else 0."""
+    def mean(evaluated: dict) -> float:
+        return sum(result["avg"] for result in evaluated["results"].values()) / len(evaluated["results"])
+
+    return max((e for e in state.evals if e["step"]), key=mean, default={"step": 0})["step"]
+
+
+@contextmanager
+def together(run: Run):
+    """All ranks' writing, and a barrier: what fails on one raises Stopped on all, so that none waits for it in vain."""
+    problem = ""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if problems := [text for text in gather(run, [problem]) if text]:
+        left = checkpoints(run.cfg.out)
+        raise Stopped(f"step {run.state.step}: the checkpoint could not be written: {problems[0]}; "
+                      + (f"the last is {left[-1]}" if left else "there is none"))
+
+
+def sync(path: Path) -> None:
+    """Onto the disk, so that it outlasts the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    sync(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints(out: str) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    return sorted(path for path in Path(out, "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in Path(out, "checkpoints").glob("step-*") if not path.suffix)
+
+
+def newest_whole(run: Run) -> Path:
+    """The newest checkpoint whose files are as they were written; damaged ones are renamed on the way to it.
+
+    The ranks share the reading. Raises ValueError if there is none.
+    """
+    for folder in reversed(checkpoints(run.cfg.out)):
+        found = []
+        try:
+            lines = (folder / "SHA256SUMS").read_text().splitlines()
+            for value, name in (line.split("  ", 1) for line in lines[run.rank :: run.world]):
+                if digest(folder / name) != value:
+                    found.append(f"{name} is not as it was written")
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+        problems = gather(run, [found])
+        if not any(problems):
+            return folder
+        say(f"{folder} is damaged ({next(filter(None, problems))[0]}): renamed to {folder.name}.damaged")
+        if run.rank == 0:
+            folder.rename(folder.with_suffix(".damaged"))
+        barrier(run)
+    raise ValueError(f"--resume: no checkpoint in {Path(run.cfg.out, 'checkpoints')} is whole")
 
 
 def load_checkpoint(run: Run, folder: Path) -> None:
     """Restores everything, from any number of shards to any number of ranks; cuts the logs back to the checkpoint's step."""
     saved = json.loads((folder / "state.json").read_text())
+    if saved["data"] != getattr(run.questions, "fingerprint", ""):
+        raise ValueError(f"--data {run.cfg.data}: other questions than those that the run in --out {run.cfg.out} began with")
     run.state = State(**saved["state"])
     files = [safe_open(folder / f"shard-{i:05d}-of-{saved['shards']:05d}.safetensors", "pt") for i in range(saved["shards"])]
     keys = set(files[0].keys())
@@ -953,8 +1127,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
             path = Path(run.cfg.out, name)
             kept = [line for line in path.read_text().splitlines(keepends=True)
                     if line.endswith("\n") and json.loads(line)["step"] <= run.state.step] if path.exists() else []
-            path.with_suffix(".partial").write_text("".join(kept))
-            path.with_suffix(".partial").replace(path)
+            write_whole(path, "".join(kept))
 
 
 def barrier(run: Run) -> None:
@@ -971,7 +1144,8 @@ def set_up(cfg: Config) -> Run:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # How long a rank may wait is --step-limit's to say, and nobody's while the data is checked, by rank 0 alone.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))
     mesh = init_device_mesh(device.type, (cfg.replicas, world // cfg.replicas), mesh_dim_names=("replica", "shard"))
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if cuda else torch.float32
 
@@ -1005,8 +1179,12 @@ def open_model(cfg: Config, rank: int):
         dist.barrier()
         if rank == 0:
             say(f"making the embedded task's base model in {model_dir}")
-            data.make_base(Path(model_dir + ".partial"), cfg.seed, say)
-            Path(model_dir + ".partial").rename(model_dir)
+            part = Path(f"{model_dir}.{os.getpid()}.partial")  # another run may be making it too
+            data.make_base(part, cfg.seed, say)
+            if Path(model_dir).exists():
+                shutil.rmtree(part)
+            else:
+                part.rename(model_dir)
         dist.barrier()
     try:
         config = transformers.AutoConfig.from_pretrained(model_dir, trust_remote_code=cfg.trust_remote_code)
@@ -1053,6 +1231,8 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
         say(f"{cfg.data}: {questions.report()}")
     if not data.demonstrated(questions) and cfg.schedule != "rl":
         raise ValueError(f"--schedule {cfg.schedule} needs demonstrations, and no question of --data {cfg.data} has one")
+    if cfg.schedule == "interleave" and cfg.buffer_size > (most := len(data.demonstrated(questions))):
+        raise ValueError(f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a demonstration")
     system = data.system_prompt(questions) if cfg.data and cfg.system == "data" else None if cfg.system == "none" else cfg.system
     return questions, {name: evaluation.load_questions(name, tokenizer, system, cfg.generation_prefix)
                        for name in cfg.evaluate.split(",") if name}
@@ -1161,36 +1341,93 @@ def dry_run(cfg: Config) -> str:
 def main() -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ.update({name: os.environ.get(name, value) for name, value in alone.items()})  # without torchrun: one rank
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a rank does not outlive torchrun, keeping its GPU
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins there is nothing to save
     try:
         cfg = parse_config(sys.argv[1:])
-        found = checkpoints(cfg.out)
-        if cfg.resume and not found:
-            raise ValueError(f"--resume: there is no checkpoint in {Path(cfg.out, 'checkpoints')}")
-        if not cfg.resume and Path(cfg.out, "metrics.jsonl").exists():
-            raise ValueError(f"--out {cfg.out} holds a run already: continue it by --resume, or give another folder")
+        found = open_folder(cfg)
         say(describe(cfg))
         if cfg.dry_run:
             return say("", dry_run(cfg))
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
         transformers.utils.logging.disable_progress_bar()
         run = set_up(cfg)
         if cfg.pear != "off":
             find_behavior(run)
+        if found:
+            load_checkpoint(run, newest_whole(run))
     except ValueError as error:
         if os.environ["RANK"] == "0":
             print(f"mifo.py: error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     if run.rank == 0:
-        Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    if cfg.resume:
-        load_checkpoint(run, found[-1])
-        if run.state.evals and run.state.evals[-1]["step"] == run.state.step:
+        write_whole(Path(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+    try:
+        if found and run.state.evals and run.state.evals[-1]["step"] == run.state.step:
             push(run)  # an uninterrupted run's sampler holds these weights since the evaluation
             run.log.clear()
-    train(run)
+        stop = train(run)
+    except Stopped as error:
+        if run.rank == 0:
+            print(f"mifo.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    except OSError as error:  # of a rank's own
+        print(f"mifo.py: error: rank {run.rank}, step {run.state.step}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if stop:
+        say(f"stopped by {signal.Signals(stop).name} after step {run.state.step}; --resume goes on from {checkpoints(cfg.out)[-1]}")
+        sys.stdout.flush()
+        os._exit(128 + stop)
     say("", summary(run), "", f"model: {checkpoints(cfg.out)[-1] / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
     run.checker.close()
     barrier(run)
+
+
+def open_folder(cfg: Config) -> bool:
+    """Whether there is a run to go on with in --out. Raises ValueError if that is not what the flags say."""
+    out = Path(cfg.out)
+    if not cfg.resume:
+        if (out / "metrics.jsonl").exists():
+            raise ValueError(f"--out {cfg.out} holds a run already: continue it by --resume, or give another folder")
+        return False
+    if not checkpoints(cfg.out):
+        raise ValueError(f"--resume: there is no checkpoint in {out / 'checkpoints'}")
+    try:
+        before = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--resume: {out / 'config.json'}: {error}") from None
+    changed = {name: (before.get(name), value) for name, value in asdict(cfg).items() if before.get(name) != value}
+    refused = [f"--{name.replace('_', '-')} was {old!r} and is {new!r}"
+               for name, (old, new) in changed.items() if name not in MAY_CHANGE]
+    if refused:
+        raise ValueError(f"--resume: {'; '.join(refused)}: this would be another run. Start one from its weights by --model "
+                         f"{checkpoints(cfg.out)[-1] / 'model'}, or give the values it began with")
+    taken = [f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items() if name != "resume"]
+    say(*[f"changed since the run began: {', '.join(taken)}"] * bool(taken))
+    return True
+
+
+def lock_folder(cfg: Config):
+    """Makes --out and holds its lock, on rank 0, until this process ends. Raises ValueError if it is another's."""
+    if os.environ["RANK"] != "0":
+        return None
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(cfg.out, "lock"), "w")
+    except OSError as error:
+        raise ValueError(f"--out {cfg.out}: cannot be written to: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--out {cfg.out}: another run is at work there") from None
+    return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has either its old text or the new one, whenever this is interrupted."""
+    path.with_suffix(".partial").write_text(text)
+    path.with_suffix(".partial").replace(path)
 
 
 def describe(cfg: Config) -> str:

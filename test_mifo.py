@@ -2365,7 +2365,7 @@ def dry_folder(tmp_path, monkeypatch):
 def dry_flags(folder, *argv):
     return ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl"), "--evaluate", str(folder / "test.jsonl"),
             "--out", str(folder / "run"), "--generation-prefix", "<think>\n", "--rope-theta", "40000",
-            "--max-position-embeddings", "16384", "--sampler", "torch", "--dry-run", "8", *argv]
+            "--max-position-embeddings", "16384", "--sampler", "torch", "--dry-run", "8", "--buffer-size", "1", *argv]
 
 
 def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
@@ -2590,7 +2590,7 @@ def loop_gradients(mifo, folder, micro) -> dict:
     """{case: gradients of each optimizer step}, by the loop's own rl_step and sft_step."""
     found, caught, step = {}, [], mifo.optimizer_step
 
-    def catch(run, which, clip):
+    def catch(run, which, clip, loss, suspects):
         caught.append({name: loop_full(p.grad) for name, p in run.policy.model.named_parameters()})
         with torch.no_grad():
             for p in run.policy.parameters():
@@ -2758,7 +2758,7 @@ def loop_job(folder: str) -> None:
     # a checkpoint of one rank, continued on two
     if world == 2:
         one = folder.parent / "one" / "loop"
-        half = sorted((one / "checkpoints").iterdir())[4]
+        half = loop_checkpoints(one)[4]
         if rank == 0:
             shutil.copytree(half, folder / "grown" / "checkpoints" / half.name)
             for name in ("metrics.jsonl", "samples.jsonl"):
@@ -2787,7 +2787,7 @@ def loop_job(folder: str) -> None:
 
     if world == 1:  # weights that do not arrive
         push, rollout.TorchSampler.push = rollout.TorchSampler.push, lambda self, weights: [None for _ in weights] and None
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises(mifo.Stopped) as error:
             mifo.train(loop_run(mifo, folder / "sabotaged", ["--rl-lr", 0.1, "--probe-bound", 0.05]))
         found["sabotaged"] = str(error.value)
         rollout.TorchSampler.push = push
@@ -2814,7 +2814,7 @@ def loop_found(loop_folder):
 
 
 def loop_checkpoints(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").iterdir())
+    return sorted((run / "checkpoints").glob("step-*"))
 
 
 def loop_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -2967,10 +2967,10 @@ def loop_main(kill_at: int, samplers: str = "") -> None:
     import rollout
     taken, step, make = [], mifo.optimizer_step, rollout.make_sampler
 
-    def dying_step(run, which, clip):
+    def dying_step(run, which, *rest):
         if run.state.step + 1 == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(run, which, clip)
+        step(run, which, *rest)
 
     def make_sampler(*args, **kwargs):
         taken.append(make(*args, **kwargs))
@@ -3221,6 +3221,316 @@ def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+FAULT_CHECKPOINTS = ["--save-every", "1", "--keep", "1"]
+
+
+def fault_weights(run) -> list[torch.Tensor]:
+    return [s.clone() for s in run.shards]
+
+
+def fault_run(mifo, found, name, run, poison, spoiled) -> None:
+    """Trains a run whose Policy.forward is spoiled by `poison` where spoiled(phase, state); notes what became of it:
+    by optimizer step (its number, phase, whether it was spoiled, whether weights moved, skips in a row)."""
+    real, step, steps, now = mifo.Policy.forward, mifo.optimizer_step, [], {}
+
+    def forward(self, tokens, mask, temperature):
+        logprobs, entropy = real(self, tokens, mask, temperature)
+        now["phase"] = "sft" if run.state.step in sft_steps else "rl"
+        now["spoiled"] = spoiled(now["phase"], run.state)
+        return (poison(tokens, logprobs, now["phase"]) if now["spoiled"] and torch.is_grad_enabled() else logprobs), entropy
+
+    def noting(run, *rest):
+        before = fault_weights(run)
+        step(run, *rest)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, run.shards))
+        steps.append((run.state.step + 1, now["phase"], now["spoiled"], moved, run.state.skips_in_a_row))
+
+    sft_steps, real_sft_step = set(), mifo.sft_step
+    mifo.sft_step = lambda run: sft_steps.add(run.state.step) or real_sft_step(run)
+    mifo.Policy.forward, mifo.optimizer_step = forward, noting
+    try:
+        mifo.train(run)
+        error = ""
+    except mifo.Stopped as stopped:
+        error = str(stopped)
+    mifo.Policy.forward, mifo.optimizer_step, mifo.sft_step = real, step, real_sft_step
+    found[name] = {"error": error, "steps": steps, "skipped": run.state.skipped}
+
+
+def fault_job(folder: str) -> None:
+    """Every fault that can be brought about inside a process; a rank notes in found-RANK.pt what it saw."""
+    folder, mifo, found = Path(folder), loop_patch(), {}
+    import resource
+    import rollout
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def spoil_one(tokens, logprobs, phase):
+        """The first question of the data has log-probabilities that are not numbers; in SFT the first of each batch."""
+        rows = [row[: len(victim)].tolist() == victim or (phase == "sft" and i == 0) for i, row in enumerate(tokens)]
+        return torch.where(torch.tensor(rows)[:, None], logprobs * math.nan, logprobs)
+
+    def spoil_gradient(tokens, logprobs, phase):  # finite forwards, not finite backwards
+        return logprobs + (logprobs - logprobs.detach()) * torch.tensor(3e38) * 3e38
+
+    flags = ["--questions", 16, "--steps", 6, "--probe-bound", 10]
+    run = loop_run(mifo, folder / "skip", flags)
+    victim = run.questions[0].prompt
+    fault_run(mifo, found, "skip", run, spoil_one,
+              lambda phase, state: state.rl_steps == 1 if phase == "rl" else state.sft_steps == 1)
+    for name, poison in (("stop", spoil_one), ("gradient", spoil_gradient)):
+        fault_run(mifo, found, name, loop_run(mifo, folder / name, flags), poison, lambda phase, state: state.step > 0)
+
+    # an engine whose log-probabilities drift, which the probe of one response does not see
+    run, sample = loop_run(mifo, folder / "drift", ["--probe-bound", 0.01]), rollout.TorchSampler.sample
+
+    def drifting(self, prompts, n, *rest, **more):
+        groups = sample(self, prompts, n, *rest, **more)
+        if n > 1 and run.state.step == 1:
+            groups = [[dataclasses.replace(s, logprobs=[lp - 0.5 for lp in s.logprobs]) for s in group] for group in groups]
+        return groups
+
+    rollout.TorchSampler.sample = drifting
+    fault_run(mifo, found, "drift", run, None, lambda *_: False)
+    rollout.TorchSampler.sample = sample
+
+    # the best evaluation's checkpoint outlives the newest
+    run = loop_run(mifo, folder / "best", ["--evaluate", "chain", "--steps", 4, "--eval-every", 1, *FAULT_CHECKPOINTS])
+    mifo.train(run)
+    found["evals"] = [(e["step"], e["results"]["chain"]["avg"]) for e in run.state.evals]
+
+    # a disk that is full, for one of the ranks
+    saved = run.state.step
+    run.state.step += 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == world - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    with pytest.raises(mifo.Stopped) as error:
+        mifo.save_checkpoint(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    found["full"] = str(error.value), mifo.newest_whole(run).name, saved
+    mifo.save_checkpoint(run)
+    found["space again"] = mifo.newest_whole(run).name, saved + 1
+
+    # checkpoints that are not as they were written
+    good = folder / "best" / "checkpoints" / f"step-{run.state.step:06d}"
+    found["damage"] = {}
+    for name in sorted(str(path.relative_to(good)) for path in good.rglob("*") if path.is_file()):
+        for damage in ("flipped", "cut", "gone"):
+            copy = good.with_name(f"step-{run.state.step + 1:06d}")
+            if rank == 0:
+                shutil.copytree(good, copy)
+                content = bytearray((copy / name).read_bytes())
+                if damage == "flipped":
+                    content[len(content) // 2] ^= 16
+                (copy / name).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+                if damage == "gone":
+                    (copy / name).unlink()
+            mifo.barrier(run)
+            whole = mifo.newest_whole(run)
+            found["damage"][name, damage] = whole.name, good.name, copy.with_suffix(".damaged").exists()
+            mifo.barrier(run)
+            if rank == 0:
+                shutil.rmtree(copy.with_suffix(".damaged"), ignore_errors=True)
+            mifo.barrier(run)
+    torch.save(found, folder / f"found-{rank}.pt")
+
+
+@pytest.fixture(scope="session", params=[1, 2], ids=["one", "two"])
+def fault_found(request, tmp_path_factory):
+    parent = tmp_path_factory.mktemp("faults")
+    loop_model(parent / "job" / "embedded-base-0", 0)
+    folder = parent / "job"
+    loop_wait(loop_start(folder, request.param, f"fault_job({str(folder)!r})"), folder)
+    found = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return folder, found, (folder / "output-0.txt").read_text()
+
+
+def test_a_step_with_numbers_that_are_not_finite_is_skipped_on_all_ranks(fault_found):
+    folder, found, printed = fault_found
+    for rank in found:
+        assert rank["skip"]["error"] == "" and rank["skip"]["skipped"] == 2
+        assert {phase for _, phase, spoiled, *_ in rank["skip"]["steps"] if spoiled} == {"rl", "sft"}
+        for step, _, spoiled, moved, in_a_row in rank["skip"]["steps"]:
+            assert moved != spoiled and (in_a_row > 0) == spoiled, step
+    skipped = [step for step, _, spoiled, *_ in found[0]["skip"]["steps"] if spoiled]
+    assert [line["step"] for line in loop_metrics(folder / "skip") if "skipped" in line] == skipped
+    first = data.embedded_questions(data.embedded_tokenizer(), "train", data.TRAIN_TERMS, 16)[0].id
+    assert "the loss is nan" in printed and f"the loss of questions {first}\n" in printed
+
+
+def test_a_run_ends_after_a_few_skipped_steps_in_a_row(fault_found):
+    _, found, _ = fault_found
+    for rank in found:
+        for name in ("stop", "gradient"):
+            error = rank[name]["error"]
+            assert error.startswith("3 steps in a row were skipped; step 4: ") and "model.embed_tokens.weight" in error, error
+            assert [row[3:] for row in rank[name]["steps"]] == [(True, 0), (False, 1), (False, 2)]  # the next raises
+        assert "loss is nan" in rank["stop"]["error"] and "(none alone)" in rank["gradient"]["error"]
+
+
+def test_an_engine_that_drifts_is_stopped_before_the_step(fault_found):
+    _, found, _ = fault_found
+    for rank in found:
+        assert "differ by 0.5 in a token's log-probability, on average over the sampled tokens" in rank["drift"]["error"]
+        assert [step for step, *_ in rank["drift"]["steps"]] == [1]
+
+
+def test_the_best_checkpoint_is_kept(fault_found):
+    folder, found, _ = fault_found
+    evals = found[0]["evals"][1:]
+    best = max(evals, key=lambda e: e[1])[0]
+    assert (folder / "best" / "checkpoints" / "best").resolve().name == f"step-{best:06d}"
+    assert mifo.best_step(mifo.State()) == 0
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(fault_found):
+    folder, found, _ = fault_found
+    for rank in found:
+        error, newest, saved = rank["full"]
+        assert newest == f"step-{saved:06d}" and f"the last is {folder / 'best' / 'checkpoints' / newest}" in error
+        assert f"step {saved + 1}: the checkpoint could not be written" in error and "\n" not in error
+        newest, saved = rank["space again"]
+        assert newest == f"step-{saved:06d}"
+
+
+def test_damaged_checkpoints_are_recognised_and_named(fault_found):
+    _, found, printed = fault_found
+    for rank in found:
+        assert {name for name, _ in rank["damage"]} >= {"state.json", "SHA256SUMS", "model/model.safetensors", "model/config.json",
+                                                        "shard-00000-of-0000%d.safetensors" % len(found)}
+        for case, (whole, good, set_aside) in rank["damage"].items():
+            assert whole == good and set_aside, case
+    assert "is damaged (state.json is not as it was written): renamed to step-" in printed
+
+
+@pytest.fixture(scope="module")
+def fault_long(tmp_path_factory):
+    """A folder with a base model, and the command of a run in it that never ends by itself."""
+    folder = tmp_path_factory.mktemp("signals")
+    loop_model(folder / "embedded-base-0", 0)
+    (folder / "empty.toml").write_text("")
+    return folder, lambda out, *more: ["--recipe", folder / "empty.toml", "--out", folder / out, *LOOP_FLAGS, "--steps", 100_000,
+                                       "--save-every", 100_000, "--keep", 2, *more]
+
+
+def fault_started(process, out) -> list:
+    """Waits for the run's first steps; the processes that it consists of."""
+    import psutil
+    end = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1][-1500:]
+        time.sleep(0.1)
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+def fault_ends(process, family, seconds) -> tuple[str, str]:
+    import psutil
+    output = process.communicate(timeout=seconds)
+    alive = psutil.wait_procs(family, timeout=seconds)[1]
+    assert not alive, alive
+    return output
+
+
+@pytest.mark.parametrize(("number", "world"), [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_a_signal_ends_a_run_with_a_checkpoint(fault_long, number, world):
+    folder, command = fault_long
+    out = folder / f"signal-{world}"
+    process = loop_command(command(out.name), folder, world)
+    family = fault_started(process, out)
+    process.send_signal(number)
+    stdout, stderr = fault_ends(process, family, 60)
+    assert process.returncode == (143 if world == 1 else 1), stderr[-1500:]
+    steps = len(loop_metrics(out)) if world == 2 else loop_state(loop_checkpoints(out)[-1])["step"]
+    assert f"stopped by {signal.Signals(number).name} after step {steps}; --resume goes on from" in stdout
+    assert loop_checkpoints(out)[-1].name == f"step-{steps:06d}"
+    if world == 1:
+        assert "Traceback" not in stderr
+        done = loop_command(command(out.name, "--resume", "--steps", 1), folder)
+        stdout, stderr = done.communicate(timeout=60)
+        assert done.returncode == 0 and "steps 100000 -> 1" in stdout, (stdout[-800:], stderr[-800:])
+
+
+@pytest.mark.parametrize("how", ["interrupted twice", "torchrun killed", "a rank killed", "a rank stalled"])
+def test_a_broken_run_ends_whole_and_soon(fault_long, how, monkeypatch):
+    import psutil
+    folder, command = fault_long
+    out = folder / how.replace(" ", "-")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
+    process = loop_command(command(out.name, "--step-limit", 0.1), folder, 2)
+    family = fault_started(process, out)
+    ranks = [p for p in family if "RANK" in p.environ() and "--worker" not in p.cmdline()]
+    assert len(ranks) == 2
+    if how == "interrupted twice":
+        for p in ranks:  # so that neither ends by itself
+            p.suspend()
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    elif how == "torchrun killed":
+        process.kill()
+    elif how == "a rank killed":
+        ranks[1].kill()
+    else:
+        ranks[1].suspend()
+        psutil.wait_procs(ranks[:1], timeout=20)
+        ranks[1].resume()  # or torchrun waits for half a minute before it kills it
+    _, stderr = fault_ends(process, family, 30)
+    assert process.returncode != 0
+    if how == "a rank stalled":
+        assert "Timeout (0:00:06)!" in stderr and "mifo.py" in stderr and "Thread" in stderr, stderr[-3000:]
+    if how == "a rank killed":
+        assert "SIGKILL" in stderr or "-9" in stderr, stderr[-2000:]
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    cfg = mifo.Config(out=str(tmp_path / "run"))
+    lock = mifo.lock_folder(cfg)
+    with pytest.raises(ValueError, match="another run is at work there"):
+        mifo.lock_folder(cfg)
+    lock.close()
+    mifo.lock_folder(cfg).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out .*cannot be written to"):
+        mifo.lock_folder(mifo.Config(out=str(tmp_path / "file" / "run")))
+
+
+def test_resume_takes_harmless_settings_and_refuses_others_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    cfg = mifo.Config(out=str(tmp_path), resume=True)
+    with pytest.raises(ValueError, match="--resume: there is no checkpoint"):
+        mifo.open_folder(cfg)
+    (tmp_path / "checkpoints" / "step-000007").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json"):
+        mifo.open_folder(cfg)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+    assert mifo.open_folder(cfg)
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in ("out", "resume"):
+            continue
+        other = (not value) if isinstance(value, bool) else value + "x" if isinstance(value, str) else value + 1
+        changed = dataclasses.replace(cfg, **{field.name: other})
+        if field.name in mifo.MAY_CHANGE:
+            assert mifo.open_folder(changed)
+            assert f"{field.name} {value!r} -> {other!r}" in capsys.readouterr().out
+        else:
+            with pytest.raises(ValueError) as error:
+                mifo.open_folder(changed)
+            assert f"--{field.name.replace('_', '-')} was {value!r} and is {other!r}" in str(error.value)
+
+
+def test_nothing_is_fetched_by_importing():
+    code = ("import socket, sys\ndef refuse(*args): raise SystemExit(f'the network was asked for {args[1:]}')\n"
+            "socket.socket.connect = socket.getaddrinfo = refuse\nimport mifo, eval, rollout, data")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-800:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
 LOOP_WRONG = [
@@ -3243,7 +3553,22 @@ LOOP_WRONG = [
     ("--model x --data /no/such.jsonl", "/no/such.jsonl"), ("--evaluate /no/such.jsonl", "/no/such.jsonl"), ("--evaluate nonsense", "nonsense"),
     ("--recipe /no/such.toml", "/no/such.toml"), ("--seed -1", "--seed"), ("--gpu-memory-utilization 1.5", "--gpu-memory-utilization"),
     ("--kv-cache-gib 0", "--kv-cache-gib"), ("--probe-bound -1", "--probe-bound"), ("--check-limit 0", "--check-limit"),
+    ("--dry-run -1", "--dry-run"), ("--samples-logged -1", "--samples-logged"), ("--step-limit -1", "--step-limit"),
+    ("--step-limit nan", "--step-limit"), ("--rope-theta -1", "--rope-theta"), ("--eval-temperature -0.5", "--eval-temperature"),
+    ("--max-position-embeddings -1", "--max-position-embeddings"), ("--data-config x", "--data-config"), ("--revision x", "--revision"),
+    ("--question-field x", "--question-field"), ("--answer-field x", "--answer-field"), ("--solution-field x", "--solution-field"),
+    ("--template chat", "--template"), ("--template jinja", "--template"), ("--system none", "--system"),
+    ("--generation-prefix x", "--generation-prefix"), ("--extract last", "--extract"), ("--out /dev/null", "--out"),
+    ("--sft-schedule cosine", "--sft-schedule"), ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
+    ("--sft-schedule linear", "--sft-schedule"), ("--schedule rl --pear token", "--pear"), ("--eval-every 5 --evaluate=", "--eval-every"),
+    *((f"--{name}=1", f"--{name}") for name in ("resume", "normalize-std", "mask-truncated", "require-think",
+                                                "activation-checkpointing", "trust-remote-code")),
 ]
+
+
+def test_every_flag_has_a_wrong_value():
+    named = " ".join(flags for flags, _ in LOOP_WRONG)
+    assert [f.name for f in dataclasses.fields(mifo.Config) if f"--{f.name.replace('_', '-')}" not in named] == []
 
 
 @pytest.mark.parametrize(("flags", "named"), LOOP_WRONG, ids=[flags for flags, _ in LOOP_WRONG])
@@ -3301,8 +3626,8 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "1", "answer": "2"}\n\n{"question": "1", "answer": 2\n')
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text("")
-    common = ["--model", model, "--sampler", "torch", "--out", tmp_path / "new", "--max-prompt", 30, "--max-response", 20,
-              "--questions", 1, "--steps", 1, "--template", "plain"]
+    common = ["--model", model, "--sampler", "torch", "--max-prompt", 30, "--max-response", 20, "--questions", 1, "--steps", 1,
+              "--template", "plain", "--buffer-size", 1]
     cases = [
         (["--bogus", 1], "--bogus"),
         ([*common, "--data", tmp_path / "bad.jsonl"], "line 3"),
@@ -3313,7 +3638,9 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
         ([*common, "--data", tmp_path / "bare.jsonl", "--schedule", "sft"], "--schedule sft"),
     ]
     for i in range(0, len(cases), 3):
-        for process, (arguments, named) in [(loop_command(arguments, tmp_path), (arguments, named)) for arguments, named in cases[i : i + 3]]:
+        started = [loop_command([*case[0], *["--out", tmp_path / str(i + j)] * ("--out" not in case[0])], tmp_path)
+                   for j, case in enumerate(cases[i : i + 3])]
+        for process, (arguments, named) in zip(started, cases[i : i + 3]):
             _, stderr = process.communicate(timeout=120)
             lines = [line for line in stderr.splitlines() if "error" in line.lower()]
             assert process.returncode == 2, (arguments, stderr[-800:])

@@ -308,7 +308,7 @@ def load_policy(cfg: Config, model_dir: str, config, mesh, dtype: torch.dtype) -
 def full_weights(policy: Policy, dtype: torch.dtype):
     """(name, tensor) of each whole parameter in turn, as the model's files name them. Collective: all ranks iterate."""
     for name, parameter in policy.model.named_parameters():
-        yield name, parameter.detach().full_tensor().to(dtype)
+        yield name, parameter.detach().to(dtype).full_tensor()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,7 +693,9 @@ def find_behavior(run: Run) -> None:
             missing = [(p, q) for p, q in zip(places, questions) if q.behavior_logprobs is None]
             if missing and model is None:
                 say(f"PEAR: behaviour log-probabilities of {len(todo)} demonstrations by {meta['model']}")
-                model = load_behavior_model(run) if cfg.behavior_model else run.policy
+                mesh = run.mesh if cfg.replicas > 1 else run.mesh["shard"]
+                model = run.policy if not cfg.behavior_model else load_policy(
+                    cfg, cfg.behavior_model, open_behavior_model(cfg, run.tokenizer), mesh, run.dtype)
             for part in micro_batches(run, [(q.prompt, q.demonstration) for _, q in missing]) if missing else ():
                 logprobs, _ = model(part["tokens"], part["mask"], 1.0)
                 for row, values in zip(part["rows"], (lp[m] for lp, m in zip(logprobs, part["mask"]))):
@@ -706,17 +708,17 @@ def find_behavior(run: Run) -> None:
     run.behavior = BehaviorLogprobs(folder)
 
 
-def load_behavior_model(run: Run) -> Policy:
-    """Raises ValueError if its tokenizer is another than the policy's: token by token, nothing could be compared."""
-    name = run.cfg.behavior_model
+def open_behavior_model(cfg: Config, policy_tokenizer):
+    """Its configuration. Raises ValueError if its tokenizer is another than the policy's: nothing could be compared by token."""
+    name = cfg.behavior_model
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=run.cfg.trust_remote_code)
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=run.cfg.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--behavior-model {name}: not a model's folder or Hub id: {str(error).splitlines()[0]}") from None
-    if tokenizer.get_vocab() != run.tokenizer.get_vocab():
+    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
         raise ValueError(f"--behavior-model {name} has another tokenizer than --model; PEAR compares the two token by token")
-    return load_policy(run.cfg, name, config, run.mesh if run.cfg.replicas > 1 else run.mesh["shard"], run.dtype)
+    return config
 
 
 def set_anchor(run: Run) -> None:
@@ -1191,6 +1193,8 @@ def open_model(cfg: Config, rank: int):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model_dir}: not a model's folder or Hub id: {str(error).splitlines()[0]}") from None
+    if cfg.behavior_model:
+        open_behavior_model(cfg, tokenizer)
     return model_dir, config, tokenizer, edit_config(cfg, config)
 
 

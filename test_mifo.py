@@ -2729,6 +2729,19 @@ LOOP_PRESETS_2 = tuple(LOOP_PRESETS)
 LOOP_SFT_SAME = ["--schedule", "sft", "--sft-epochs", 2, "--sft-batch", 6, "--sft-lr", 3e-5, "--rho", 1, "--save-every", 100]
 
 
+def loop_elsewhere(source: str, out: str) -> None:
+    """Continues a run from its fifth checkpoint, in another folder and on as many ranks as there are here."""
+    source, out = Path(source), Path(out)
+    half = loop_checkpoints(source)[4]
+    if os.environ["RANK"] == "0":
+        shutil.copytree(half, out / "checkpoints" / half.name)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            shutil.copy(source / name, out / name)
+    run = loop_run(loop_patch(), out, [])
+    mifo.load_checkpoint(run, out / "checkpoints" / half.name)
+    mifo.train(run)
+
+
 def loop_job(folder: str) -> None:
     folder, mifo = Path(folder), loop_patch()
     import rollout
@@ -2757,15 +2770,7 @@ def loop_job(folder: str) -> None:
 
     # a checkpoint of one rank, continued on two
     if world == 2:
-        one = folder.parent / "one" / "loop"
-        half = loop_checkpoints(one)[4]
-        if rank == 0:
-            shutil.copytree(half, folder / "grown" / "checkpoints" / half.name)
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                shutil.copy(one / name, folder / "grown" / name)
-        run = loop_run(mifo, folder / "grown", [])
-        mifo.load_checkpoint(run, folder / "grown" / "checkpoints" / half.name)
-        mifo.train(run)
+        loop_elsewhere(folder.parent / "one" / "loop", folder / "grown")
 
     # behaviour log-probabilities: computed, cut off in the middle of a number, completed
     out = folder / "behavior"
@@ -3042,18 +3047,22 @@ def test_killed_and_resumed_on_two_ranks(tmp_path):
     loop_resume(tmp_path, 2, [])
 
 
-def test_one_rank_resumed_on_two(loop_folder):
+@pytest.mark.parametrize(("before", "after", "out"), [(1, 2, "two/grown"), (2, 1, "one/shrunk")])
+def test_resumed_on_another_number_of_ranks(loop_folder, before, after, out):
     """Not bit for bit (sums are rounded in another order), but the same course and nearly the same weights."""
-    one, two = loop_checkpoints(loop_folder / "one" / "loop")[-1], loop_checkpoints(loop_folder / "two" / "grown")[-1]
-    assert one.name == two.name
-    assert len(list(one.glob("shard-*"))) == 1 and len(list(two.glob("shard-*"))) == 2
-    a, b = loop_tensors(one), loop_tensors(two)
+    straight, out = loop_folder / ("one", "two")[before - 1] / "loop", loop_folder / out
+    if not out.exists():
+        loop_wait(loop_start(out.parent, after, f"loop_elsewhere({str(straight)!r}, {str(out)!r})"), out.parent)
+    whole, resumed = loop_checkpoints(straight)[-1], loop_checkpoints(out)[-1]
+    assert whole.name == resumed.name
+    assert len(list(whole.glob("shard-*"))) == before and len(list(resumed.glob("shard-*"))) == after
+    a, b = loop_tensors(whole), loop_tensors(resumed)
     assert a.keys() == b.keys()
-    moved = loop_distance(loop_part(a, "weight/"), loop_part(loop_tensors(loop_checkpoints(loop_folder / "one" / "loop")[4]), "weight/"))
+    moved = loop_distance(loop_part(a, "weight/"), loop_part(loop_tensors(loop_checkpoints(straight)[4]), "weight/"))
     assert loop_distance(loop_part(b, "weight/"), loop_part(a, "weight/")) < 0.02 * moved
     assert loop_distance(loop_part(b, "importance/"), loop_part(a, "importance/")) < 0.02
     assert all(a[key] == b[key] for key in a if "/step/" in key)
-    lines = [loop_metrics(loop_folder / "one" / "loop"), loop_metrics(loop_folder / "two" / "grown")]
+    lines = [loop_metrics(straight), loop_metrics(out)]
     assert [(x["step"], x["phase"], x["buffer"]) for x in lines[0]] == [(x["step"], x["phase"], x["buffer"]) for x in lines[1]]
     assert lines[0][:5] == lines[1][:5]
 

@@ -19,6 +19,7 @@ import time
 import tomllib
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -373,19 +374,23 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
         yield {key: value.to(run.device) for key, value in batch.items()} | {"rows": rows}
 
 
+def frozen(run: Run) -> Iterator[Tensor]:
+    """The masks of this SFT phase, bool, one parameter's at a time: kept, they would cost a byte a parameter."""
+    return ((c > run.state.threshold).to(run.device, non_blocking=True) for c in run.importance)
+
+
 def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float) -> None:
     """Clip, step, zero; in an SFT phase with frozen parameters, around a step that leaves them bit-identical."""
-    frozen = None
-    if which == "sft" and run.state.threshold < math.inf:
-        frozen = [c > run.state.threshold for c in run.importance]
-        freeze.zero_frozen_gradients([p.grad.to_local() for p in run.policy.parameters()], frozen)
+    freezing = which == "sft" and run.state.threshold < math.inf
+    if freezing:
+        freeze.zero_frozen_gradients((p.grad.to_local() for p in run.policy.parameters()), frozen(run))
     norm = nn.utils.clip_grad_norm_(run.policy.parameters(), clip)
     run.log[f"{which}/grad_norm"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     run.optimizers[which].step()
     run.optimizers[which].zero_grad()
-    if frozen is not None:
+    if freezing:
         after = freeze.restore_frozen if run.cfg.freeze == "strict" else freeze.largest_movement
-        moved = after(run.shards, frozen, run.anchor)
+        moved = after(run.shards, frozen(run), run.anchor)
         run.log["sft/frozen_movement"] = total(run, {"max/moved": moved})["max/moved"]
 
 
@@ -526,7 +531,7 @@ def begin_sft_phase(run: Run, places: list[int]) -> None:
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
             group = run.mesh.get_group("shard")
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
-            counts = total(run, {"frozen": sum((c > state.threshold).sum().item() for c in run.importance),
+            counts = total(run, {"frozen": sum(f.count_nonzero().item() for f in frozen(run)),
                                  "all": sum(c.numel() for c in run.importance)})
             run.log["sft/frozen_share"] = counts["frozen"] / counts["all"]
     set_anchor(run)

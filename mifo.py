@@ -147,6 +147,9 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for 4 "
+                                      "bytes a parameter on every rank")
+    offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
@@ -366,7 +369,9 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
     Every rank gets the same number of them, if need be empty ones, as FSDP's collectives demand.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    for rows in data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]:
+    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]
+    for i, rows in enumerate(parts, 1):
+        run.policy.set_requires_gradient_sync(i == len(parts) or not run.cfg.reduce_once)
         batch = data.collate([pairs[i] for i in rows] or [([0], [0])], run.tokenizer.pad_token_id or 0,
                              **{key: [values[i] for i in rows] or [None] for key, values in extras.items()})
         if not rows:
@@ -998,9 +1003,10 @@ def set_up(cfg: Config) -> Run:
             trust_remote_code=cfg.trust_remote_code, config_edits=config_edits)
         say(f"sampler: {sampler.name}, because {sampler.why}")
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    kept = [torch.empty_like(s, device="cpu" if cfg.offload_importance else device) for s in shards]
     torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
     return Run(cfg, rank, world, device, mesh, dtype, tokenizer, questions, benches, policy, reference, optimizers, sampler,
-               checker, State(), [torch.zeros_like(s) for s in shards], [s.clone() for s in shards])
+               checker, State(), [torch.zeros_like(k) for k in kept], [k.copy_(s) for k, s in zip(kept, shards)])
 
 
 def open_model(cfg: Config, rank: int):

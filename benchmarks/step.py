@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 GROUP = 8  # samples of a question
 STEPS = 3  # in each process; the first is not timed
 LR = 1e-5
+SIZE = {"vocab_size": 16384, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def rows(count: int) -> list[tuple[list[int], list[int], float]]:
@@ -33,7 +35,7 @@ def rows(count: int) -> list[tuple[list[int], list[int], float]]:
     return found
 
 
-def make_model(folder: str) -> None:
+def make_model(folder: str, **config) -> None:
     import torch
 
     import data
@@ -41,9 +43,8 @@ def make_model(folder: str) -> None:
     tokenizer = data.embedded_tokenizer()
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=16384, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **(SIZE | config))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     question = {"question": "1+1?", "answer": "2", "solution": "\\boxed{2}"}
     Path(folder, "questions.jsonl").write_text((json.dumps(question) + "\n") * GROUP)
@@ -71,32 +72,35 @@ class Meter:
         return json.dumps({"seconds": self.seconds[1:], "memory": memory("VmHWM") - self.before, "losses": losses, "norms": norms})
 
 
-def ours(args, batch) -> str:
-    import torch
-
+def our_run(folder: str, batch, *flags):
+    """A Run of ours as main() makes it; its questions, and a queue of SFT steps on all of them, are those of the batch."""
     import data
     import mifo
-    micro = args.micro_tokens or default_micro_tokens(batch, args)
     run = mifo.set_up(mifo.parse_config(list(map(str, [
-        "--model", args.folder, "--data", f"{args.folder}/questions.jsonl", "--out", f"{args.folder}/out", "--sampler", "torch",
-        "--schedule", "rl" if args.what == "grpo" else "interleave", "--freeze", "off", "--rho", 1, "--micro-tokens", micro,
-        "--max-prompt", 128, "--max-response", 1024, "--questions", len(batch) // GROUP, "--sft-batch", len(batch),
-        "--rl-lr", LR, "--sft-lr", LR, "--activation-checkpointing" if args.checkpointing else "--no-activation-checkpointing"]))))
-    run.sampler.push(())
-    losses, norms = [], []
-    if args.what == "grpo":
-        asked = [data.Question(str(i), prompt, "", None) for i, (prompt, _, _) in enumerate(batch)]
-        samples = [mifo.Response(i, asked[i], False, response, [-9.7] * len(response), False, "", "correct", advantage)
-                   for i, (_, response, advantage) in enumerate(batch)]
-    else:
-        run.questions = [data.Question(str(i), prompt, "", response) for i, (prompt, response, _) in enumerate(batch)]
-        run.state.sft_queue = [list(range(len(batch)))] * (STEPS + 1)
+        "--model", folder, "--data", f"{folder}/questions.jsonl", "--out", f"{folder}/out", "--sampler", "torch", "--max-prompt",
+        128, "--max-response", 1024, "--questions", 16, "--sft-batch", len(batch), "--rl-lr", LR, "--sft-lr", LR, *flags]))))
+    run.questions = [data.Question(str(i), prompt, "", response) for i, (prompt, response, _) in enumerate(batch)]
+    run.state.sft_queue = [list(range(len(batch)))] * 100
+    return run
+
+
+def responses(run, batch) -> list:
+    import mifo
+    return [mifo.Response(i, run.questions[i], False, response, [-9.7] * len(response), False, "", "correct", advantage)
+            for i, (_, response, advantage) in enumerate(batch)]
+
+
+def ours(args, batch) -> str:
+    import mifo
+    micro = args.micro_tokens or default_micro_tokens(batch, args)
+    run = our_run(args.folder, batch, "--freeze", "off", "--rho", 1, "--micro-tokens", micro, *args.flags.split(),
+                  "--activation-checkpointing" if args.checkpointing else "--no-activation-checkpointing")
+    samples, losses, norms, which = responses(run, batch), [], [], "rl" if args.what == "grpo" else "sft"
     meter = Meter()
     for _ in range(STEPS):
         meter.start()
         mifo.rl_update(run, samples) if args.what == "grpo" else mifo.sft_step(run)
         meter.stop()
-        which = "rl" if args.what == "grpo" else "sft"
         losses.append(run.log[f"{which}/loss"])
         norms.append(run.log[f"{which}/grad_norm"])
     return meter.report(losses, norms)
@@ -176,6 +180,15 @@ def worker(args) -> None:
     os._exit(0)
 
 
+def launch(command: list[str], ranks: int) -> None:
+    """Runs a script on one rank, or by torchrun on several; leaves with its output if it fails."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    env = os.environ | {"ACCELERATE_USE_CPU": "true"} | (ALONE if ranks == 1 else {})
+    done = subprocess.run([sys.executable, *torchrun, *command], env=env, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grpo", "sft"])
@@ -184,6 +197,7 @@ def main() -> None:
     parser.add_argument("--per-device", type=int, default=8, help="rows of a micro-batch of TRL's (its default)")
     parser.add_argument("--micro-tokens", type=int, default=0, help="of a micro-batch of ours; 0: as many as one of TRL's has padded")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides (TRL's default)")
+    parser.add_argument("--flags", default="", help="more of ours, in one string")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -195,15 +209,8 @@ def main() -> None:
         make_model(folder)
         for _ in range(args.rounds):
             for side in results:
-                launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)] if args.ranks > 1 else []
-                done = subprocess.run(
-                    [sys.executable, *launch, __file__, *sys.argv[1:], "--side", side, "--folder", folder], text=True,
-                    env=os.environ | {"ACCELERATE_USE_CPU": "true", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                                      "MASTER_ADDR": "localhost", "MASTER_PORT": "0"} if not launch
-                    else os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+                launch([__file__, *sys.argv[1:], "--side", side, "--folder", folder], args.ranks)
                 found = [Path(folder, f"{side}-{rank}.json") for rank in range(args.ranks)]
-                if done.returncode or not all(path.exists() for path in found):
-                    sys.exit(f"{side}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
                 results[side].append([json.loads(path.read_text()) for path in found])
                 for path in found:
                     path.unlink()

@@ -4,6 +4,7 @@ Every function takes plain tensors. Under FSDP pass each rank's local shards and
 over which the parameters are sharded; nothing but two small histograms is ever communicated.
 """
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -69,26 +70,38 @@ def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
 
 
 @torch.no_grad()
-def zero_frozen_gradients(gradients: list[Tensor], frozen: list[Tensor]) -> None:
-    """g <- 0 where frozen (bool), in place. Call it before the gradients' norm is clipped, or that norm is not theirs."""
+def zero_frozen_gradients(gradients: Iterable[Tensor], frozen: Iterable[Tensor]) -> None:
+    """g <- 0 where frozen (bool), in place. Call it before the gradients' norm is clipped, or that norm is not theirs.
+
+    Here and below `frozen` may be a generator, so that no more than one parameter's mask exists at a time. A gradient that
+    is not finite stays so: it is to be noticed, frozen or not.
+    """
     for g, f in zip(gradients, frozen, strict=True):
-        g.masked_fill_(f, 0.0)
+        g.mul_(~f)
 
 
 @torch.no_grad()
-def restore_frozen(parameters: list[Tensor], frozen: list[Tensor], anchor: list[Tensor]) -> float:
+def restore_frozen(parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]) -> float:
     """theta <- anchor where frozen, bit for bit, in place; returns the largest |theta - anchor| found there before.
 
     Zero gradients alone do not hold a parameter: AdamW's moments from earlier steps and its weight decay move it still.
+    The anchor may lie on another device than the parameters.
     """
-    moved = largest_movement(parameters, frozen, anchor)
-    for p, f, a in zip(parameters, frozen, anchor, strict=True):
-        p.copy_(torch.where(f, a, p))
-    return moved
+    return _compare_frozen(parameters, frozen, anchor, restore=True)
 
 
 @torch.no_grad()
-def largest_movement(parameters: list[Tensor], frozen: list[Tensor], anchor: list[Tensor]) -> float:
+def largest_movement(parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]) -> float:
     """max |theta - anchor| over the frozen entries, 0.0 if there are none."""
-    moved = [((p - a).abs() * f).max().item() for p, f, a in zip(parameters, frozen, anchor, strict=True) if f.any()]
-    return max(moved, default=0.0)
+    return _compare_frozen(parameters, frozen, anchor, restore=False)
+
+
+def _compare_frozen(parameters, frozen, anchor, restore: bool) -> float:
+    moved = torch.zeros(())
+    for p, f, a in zip(parameters, frozen, anchor, strict=True):
+        held = torch.where(f, a.to(p.device, non_blocking=True), p)
+        if p.numel():
+            moved = torch.maximum(moved.to(p.device), (held - p).abs_().max())
+        if restore:
+            p.copy_(held)
+    return moved.item()

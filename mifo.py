@@ -25,6 +25,7 @@ import time
 import tomllib
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -155,13 +156,16 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for 4 "
+                                      "bytes a parameter on every rank")
+    offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
 
 # What may differ when a run is resumed: how far it goes, what it writes, and what changes rounding and random numbers only.
 MAY_CHANGE = {"recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged", "step_limit",
               "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound", "micro_tokens", "replicas",
-              "activation_checkpointing", "trust_remote_code"}
+              "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
 
 
 class Stopped(Exception):
@@ -394,12 +398,19 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
     Every rank gets the same number of them, if need be empty ones, as FSDP's collectives demand.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    for rows in data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]:
+    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]
+    for i, rows in enumerate(parts, 1):
+        run.policy.set_requires_gradient_sync(i == len(parts) or not run.cfg.reduce_once)
         batch = data.collate([pairs[i] for i in rows] or [([0], [0])], run.tokenizer.pad_token_id or 0,
                              **{key: [values[i] for i in rows] or [None] for key, values in extras.items()})
         if not rows:
             batch["mask"][:] = False
         yield {key: value.to(run.device) for key, value in batch.items()} | {"rows": rows}
+
+
+def frozen(run: Run) -> Iterator[Tensor]:
+    """The masks of this SFT phase, bool, one parameter's at a time: kept, they would cost a byte a parameter."""
+    return ((c > run.state.threshold).to(run.device, non_blocking=True) for c in run.importance)
 
 
 def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: float, suspects: list[str]) -> None:
@@ -408,10 +419,10 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     If the loss, which is that of all ranks, or a gradient is not finite, no rank takes the step. suspects are the ids of this
     rank's questions whose loss was not finite.
     """
-    parameters, frozen = list(run.policy.parameters()), None
-    if which == "sft" and run.state.threshold < math.inf:
-        frozen = [c > run.state.threshold for c in run.importance]
-        freeze.zero_frozen_gradients([p.grad.to_local() for p in parameters], frozen)
+    parameters = list(run.policy.parameters())
+    freezing = which == "sft" and run.state.threshold < math.inf
+    if freezing:
+        freeze.zero_frozen_gradients((p.grad.to_local() for p in parameters), frozen(run))
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     run.log[f"{which}/grad_norm"] = norm.item()
@@ -422,9 +433,9 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         run.optimizers[which].step()
     run.optimizers[which].zero_grad()
-    if frozen is not None:
+    if freezing:
         after = freeze.restore_frozen if run.cfg.freeze == "strict" else freeze.largest_movement
-        moved = after(run.shards, frozen, run.anchor)
+        moved = after(run.shards, frozen(run), run.anchor)
         run.log["sft/frozen_movement"] = total(run, {"max/moved": moved})["max/moved"]
 
 
@@ -587,7 +598,7 @@ def begin_sft_phase(run: Run, places: list[int]) -> None:
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
             group = run.mesh.get_group("shard")
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
-            counts = total(run, {"frozen": sum((c > state.threshold).sum().item() for c in run.importance),
+            counts = total(run, {"frozen": sum(f.count_nonzero().item() for f in frozen(run)),
                                  "all": sum(c.numel() for c in run.importance)})
             run.log["sft/frozen_share"] = counts["frozen"] / counts["all"]
     set_anchor(run)
@@ -1169,9 +1180,10 @@ def set_up(cfg: Config) -> Run:
             trust_remote_code=cfg.trust_remote_code, config_edits=config_edits)
         say(f"sampler: {sampler.name}, because {sampler.why}")
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    kept = [torch.empty_like(s, device="cpu" if cfg.offload_importance else device) for s in shards]
     torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
     return Run(cfg, rank, world, device, mesh, dtype, tokenizer, questions, benches, policy, reference, optimizers, sampler,
-               checker, State(), [torch.zeros_like(s) for s in shards], [s.clone() for s in shards])
+               checker, State(), [torch.zeros_like(k) for k in kept], [k.copy_(s) for k, s in zip(kept, shards)])
 
 
 def open_model(cfg: Config, rank: int):

@@ -3571,7 +3571,7 @@ LOOP_WRONG = [
     ("--sft-schedule cosine", "--sft-schedule"), ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
     ("--sft-schedule linear", "--sft-schedule"), ("--schedule rl --pear token", "--pear"), ("--eval-every 5 --evaluate=", "--eval-every"),
     *((f"--{name}=1", f"--{name}") for name in ("resume", "normalize-std", "mask-truncated", "require-think",
-                                                "activation-checkpointing", "trust-remote-code")),
+                                                "activation-checkpointing", "reduce-once", "offload-importance", "trust-remote-code")),
 ]
 
 

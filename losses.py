@@ -12,46 +12,78 @@ import torch
 from torch import Tensor
 
 
+def _tiles(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float, chunk: int, copies: int = 1):
+    """The logits, `chunk` vocabulary entries at a time: which entries, where and whether each target is among them, logits.
+
+    The logits [N, chunk] and `copies` - 1 more tensors like it lie in buffers that every tile reuses: fresh memory for each
+    would cost a CPU more than the arithmetic on it.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    buffers = hidden.new_empty(copies, len(hidden) * min(chunk, len(head_weight)), dtype=dtype)
+    for start in range(0, len(head_weight), chunk):
+        part = slice(start, start + chunk)
+        weight = head_weight[part]  # [chunk, D]
+        tiles = [b[: len(hidden) * len(weight)].view(len(hidden), len(weight)) for b in buffers]  # [N, chunk] each
+        if hidden.dtype == dtype:
+            torch.addmm(hidden.new_zeros(()), hidden, weight.T, beta=0, alpha=1 / temperature, out=tiles[0])
+        else:
+            tiles[0].copy_(hidden @ weight.T).div_(temperature)
+        at = targets[:, None] - start  # [N, 1]
+        yield part, at.clamp(0, len(weight) - 1), (at >= 0) & (at < len(weight)), *tiles
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """Logits live for one chunk only: they are made again in the backward pass instead of being kept."""
+    """Logits live for one tile of the vocabulary only: they are made again in the backward pass instead of being kept.
+
+    Four products of [N, D] and [V, D] are thus needed where full logits need three. A tile holds all N tokens, so that each
+    row of the head's gradient is one product, summed within it, and neither copied nor added up.
+    """
 
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, temperature, chunk):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs, entropy, log_z = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
-        for i in range(0, len(hidden), chunk):
-            part = slice(i, i + chunk)
-            logits = (hidden[part] @ head_weight.T).to(dtype).div_(temperature)  # [chunk, V]
-            log_z[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0] - log_z[part]
-            probs = (logits - log_z[part, None]).exp_()
-            entropy[part] = log_z[part] - probs.mul_(logits).sum(-1)
+        peak = hidden.new_full((len(hidden), 1), -math.inf, dtype=dtype)  # [N, 1] of the logits z seen so far: their largest,
+        total, moment, picked = (torch.zeros_like(peak) for _ in range(3))  # sum e^(z-peak), sum e^(z-peak) z, the target's
+        for _, at, inside, logits, weights in _tiles(hidden, head_weight, targets, temperature, chunk, copies=2):
+            picked += logits.gather(1, at) * inside
+            higher = torch.maximum(peak, logits.amax(1, keepdim=True))
+            decay = (peak - higher).exp_()
+            torch.sub(logits, higher, out=weights).exp_()
+            total = total * decay + weights.sum(1, keepdim=True)
+            moment = moment * decay + weights.mul_(logits).sum(1, keepdim=True)
+            peak = higher
+        log_z = peak + total.log()
+        entropy = (log_z - moment / total)[:, 0]
         ctx.save_for_backward(hidden, head_weight, targets, log_z)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return (picked - log_z)[:, 0], entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, head_weight, targets, log_z = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(head_weight, dtype=log_z.dtype)  # full precision over the chunks
-        for i in range(0, len(hidden), ctx.chunk):
-            part = slice(i, i + ctx.chunk)
-            logits = (hidden[part] @ head_weight.T).to(log_z.dtype).div_(ctx.temperature)  # [chunk, V]
-            d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-grad[part, None])  # g * (onehot - p) / temperature
-            d_logits.scatter_add_(1, targets[part, None], grad[part, None]).div_(ctx.temperature)
-            d_logits = d_logits.to(hidden.dtype)
-            grad_hidden[part] = d_logits @ head_weight
-            grad_weight += d_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(head_weight.dtype), None, None, None
+        grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)  # full precision over the tiles
+        grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None
+        grad = grad[:, None] / ctx.temperature  # [N, 1]
+        for part, at, inside, logits in _tiles(hidden, head_weight, targets, ctx.temperature, ctx.chunk):
+            d_logits = logits.sub_(log_z).exp_().mul_(-grad)  # grad * (onehot - p) / temperature
+            d_logits = d_logits.scatter_add_(1, at, grad * inside).to(hidden.dtype)
+            if hidden.dtype == grad_hidden.dtype:
+                grad_hidden.addmm_(d_logits, head_weight[part])
+            else:
+                grad_hidden += d_logits @ head_weight[part]
+            if grad_weight is not None:
+                torch.mm(d_logits.T, hidden, out=grad_weight[part])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def token_logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024):
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and that softmax's entropy, in one pass.
 
-    hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64; at most `chunk` rows of logits exist at a
-    time. Returns (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs carry a gradient.
+    hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64; logits exist for `chunk` vocabulary entries
+    at a time, so that the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16 inputs), and none is kept
+    for the backward pass. Returns (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs
+    carry a gradient.
     """
     return _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import data  # noqa: F401  before transformers and vllm: it hides packages that break their import
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 @dataclass
@@ -147,6 +148,52 @@ class VLLMSampler:
         self.llm.reset_prefix_cache()
 
 
+class _RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """Keys and values [R, heads, T, head size] at the start of larger buffers: a new token is written, the old are not moved."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.rooms = self.keys, self.values
+        old, new = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if new > self.rooms[0].shape[2]:
+            self._move(lambda held: held, new + new // 2 + 32)
+        for room, states in zip(self.rooms, (key_states, value_states)):
+            room[:, :, old:new] = states
+        self.keys, self.values = (room[:, :, :new] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        self._move(lambda held: held.repeat_interleave(repeats, 0), self.rooms[0].shape[2])
+
+    def batch_select_indices(self, indices):
+        self._move(lambda held: held[indices], self.rooms[0].shape[2])
+
+    def _move(self, change, size):
+        held = [change(tensor) for tensor in (self.keys, self.values)]
+        self.rooms = tuple(h.new_empty(*h.shape[:2], size, h.shape[3]) for h in held)
+        for room, h in zip(self.rooms, held):
+            room[:, :, : h.shape[2]] = h
+        self.keys, self.values = (room[:, :, : h.shape[2]] for room, h in zip(self.rooms, held))
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """transformers' SDPA, but query heads that share a key head are its rows when decoding, so that no key is copied for each.
+
+    query [R, H, t, d]; key, value [R, K, T, d] with H a multiple of K -> ([R, t, H, d], None).
+    """
+    if query.shape[2] != 1 or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # [R, K, H / K, d]
+    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    return out.reshape(len(query), 1, -1, value.shape[3]), None
+
+
+transformers.AttentionInterface.register("grouped", grouped_attention)
+transformers.AttentionMaskInterface.register("grouped", transformers.masking_utils.sdpa_mask)
+
+
 class TorchSampler:
     """Batched decoding with a KV cache: each prompt is prefilled once for its n responses, and finished rows are dropped."""
 
@@ -159,6 +206,8 @@ class TorchSampler:
             setattr(config, name, value)
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             model_dir, config=config, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
+        if self.model.config._attn_implementation == "sdpa":
+            self.model.set_attn_implementation("grouped")
         self.max_len, self.max_num_seqs = max_len, max_num_seqs
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.name = f"torch ({self.device})"
@@ -188,6 +237,7 @@ class TorchSampler:
         ids, attention = ids.to(self.device), attention.to(self.device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         cache = transformers.DynamicCache(config=self.model.config)
+        cache.layers = [_RoomyLayer() if type(layer) is transformers.cache_utils.DynamicLayer else layer for layer in cache.layers]
         logits = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
                             use_cache=True, logits_to_keep=1).logits[:, -1]  # [len(prompts), V]
         cache.batch_repeat_interleave(n)
@@ -212,7 +262,7 @@ class TorchSampler:
                 alive = (~ended[rows]).nonzero()[:, 0]
                 if len(alive) == 0:
                     break
-                if len(alive) < len(rows):
+                if len(alive) < 0.95 * len(rows):  # dropping them costs a copy of the cache
                     rows, token, attention, position = rows[alive], token[alive], attention[alive], position[alive]
                     cache.batch_select_indices(alive)
             if t + 1 < max_tokens:

@@ -1269,7 +1269,6 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
     kv = config.num_key_value_heads * (getattr(config, "head_dim", None) or width // heads)
     vocab, shards, length = config.vocab_size, world // cfg.replicas, cfg.max_prompt + cfg.max_response
     tokens = max(cfg.micro_tokens, length)  # of a micro-batch
-    rows = min(1024, tokens)  # of logits at a time
     frozen, checkpointed = freezes(cfg), cfg.activation_checkpointing
     # What a Qwen2 block keeps of a token for its backward pass: of each of its two norms 4 + 2 + 2 B (the input in float32,
     # the output before and after its weight) and a factor of 4 B; 2 B each of query, key, value, attention's output, the
@@ -1282,22 +1281,23 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
 
     held = sharded({
         "weights, float32": 4, "AdamW of RL, two moments": 8 * (cfg.schedule != "sft"),
-        "AdamW of SFT, two moments": 8 * (cfg.schedule != "rl"), "importance map and anchor": 8 * frozen,
+        "AdamW of SFT, two moments": 8 * (cfg.schedule != "rl"), "importance map and anchor": 8 * (frozen and not cfg.offload_importance),
         "reference model, float32": 4 * (cfg.kl_coef > 0)})
     held.append(("allowance", ALLOWANCE, "CUDA context, NCCL, what a sleeping engine keeps: an estimate"))
-    training = sharded({"gradients, float32": 4, "mask of frozen parameters": int(frozen)}) + [
+    training = sharded({"gradients, float32": 4}) + [
+        ("gradients not yet reduced, float32", 4 * n * cfg.reduce_once, f"4 B x {n:,} parameters: --reduce-once"),
+        ("mask and importance of one tensor", 5 * vocab * width / shards * frozen, f"(1 + 4) B x {vocab:,} x {width:,} / {shards}"),
         ("two layers gathered", 4 * layer, f"2 x 2 B x {layer:,}: the one at work and the next"),
         ("a layer's gradients", 6 * layer, f"(2 + 4) B x {layer:,}: bfloat16, and float32 to be reduced"),
         ("embeddings and head gathered", 2 * root, f"2 B x {root:,}"),
         ("their gradients", 6 * root, f"(2 + 4) B x {root:,}"),
-        ("the head's gradient, summed over chunks", 4 * vocab * width, f"4 B x {vocab:,} x {width:,}"),
         ("activations kept", 2 * width * layers * tokens * checkpointed,
          f"2 B x {width:,} x {layers} layers x {tokens:,} tokens"),
         ("activations of a layer, recomputed", block * tokens * checkpointed, f"{block_text} x {tokens:,} tokens"),
         ("activations", block * layers * tokens * (not checkpointed), f"{block_text} x {layers} layers x {tokens:,} tokens"),
         ("gradients of a layer's activations", 6 * inner * tokens, f"3 x 2 B x {inner:,} x {tokens:,} tokens"),
         ("last norm and hidden states", 14 * width * tokens, f"(8 + 6) B x {width:,} x {tokens:,} tokens: kept, and gradients"),
-        ("logits, by chunks", 14 * rows * vocab, f"14 B x {rows:,} x {vocab:,}: float32 three times, bfloat16 once")]
+        ("a tile of the logits", 10 * 1024 * tokens, f"(4 + 4 + 2) B x 1,024 entries of the vocabulary x {tokens:,} tokens")]
     position = 4 * layers * kv  # bytes of a token's keys and values
     share = cfg.gpu_memory_utilization * gpu_gib * 2**30
     cache = share - 2 * n - ENGINE_WORK
@@ -1308,6 +1308,8 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
                 ("KV cache", cache, f"the rest of {share / 2**30:.1f} GiB: 4 B x {layers} layers x {kv:,} x "
                  f"{int(cache / position):,} tokens, {cache / position / length:.1f} responses of full length")]
     host = [("host memory of a rank, at the start", 4 * n, f"4 B x {n:,}: each rank reads all weights")]
+    if frozen and cfg.offload_importance:
+        host += [("host memory of a rank, from then on", 8 * n / shards, f"8 B x {n:,} / {shards}: importance map and anchor")]
     sums = [[(what, sum(size for _, size, _ in parts), text)] for what, parts, text in (
         ("held always", held, "the rows above"), ("TRAINING", held + training, f"of {gpu_gib:.1f} GiB, the engine asleep"),
         ("SAMPLING", held + sampling, f"of {gpu_gib:.1f} GiB, the optimizers' state beside the engine"))]

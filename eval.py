@@ -17,6 +17,7 @@ import math
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout", "error")
@@ -33,11 +35,14 @@ KINDS = ("math", "number", "choice", "chain")
 # Finding the answer in a response. Linear in the response's length, all of it, since it runs in the trainer's process.
 
 MAX_ANSWER = 1000  # characters: 20 times MATH-500's longest gold answer; longer ones are no answers, and slow to parse
+MAX_NESTING = 10  # of brackets, for the same reasons: 2 in MATH-500's gold answers, 5 in its worked solutions
+REPEATS = re.compile(r"(\D.{0,11}?)\1{19}", re.DOTALL)  # no answer says the same 20 times over, but for digits
 BOX = re.compile(r"\\boxed\s{0,4}\{")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?<![\w.])\$?"  # a minus after an operand is no sign
                     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 PLAIN_NUMBER = re.compile(r"([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
+FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))|([0-9]+)/([0-9]+))")
 WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s?\{([^{}\\]*)\}")
 # A and I are also words: bare, they are answers only where the sentence ends.
 LETTER = r"(?:\(([A-J])\)|([AI])(?=\**\s{0,4}(?:[.,;:)}\]$*\n]|$))|([B-HJ])(?![\w'+-]))"
@@ -104,9 +109,22 @@ def normalise(answer: str) -> str:
 
 
 def as_number(answer: str) -> Fraction | None:
-    r"""A plain number, with thousands commas or an escaped dollar sign; None for all else (units, fractions, \%)."""
-    plain = PLAIN_NUMBER.fullmatch(answer.replace("\\$", "").replace("{,}", ",").replace("\\!", "").strip())
-    return Fraction(plain[1] + plain[2].replace(",", "").rstrip(".")) if plain else None
+    r"""A plain number or fraction, with thousands commas or an escaped dollar sign; None for all else (units, \%)."""
+    text = answer.replace("\\$", "").replace("{,}", ",").replace("\\!", "").strip()
+    if len(text) > MAX_ANSWER:
+        return None
+    if plain := PLAIN_NUMBER.fullmatch(text):
+        return Fraction(plain[1] + plain[2].replace(",", "").rstrip("."))
+    if fraction := FRACTION.fullmatch(text):
+        over, under = filter(None, fraction.groups()[1:])
+        return Fraction(int(fraction[1] + over), int(under)) if int(under) else None
+    return None
+
+
+def nesting(answer: str) -> int:
+    """How deep brackets of any kind stand in one another; unclosed ones count."""
+    steps = [1 if bracket in "([{" else -1 for bracket in re.findall(r"[][(){}]", answer)]
+    return max(accumulate(steps, initial=0))
 
 
 def settle(response: str, gold: str, kind: str, extract: str, require_think: bool) -> str | tuple[str, str, str]:
@@ -131,11 +149,13 @@ def settle(response: str, gold: str, kind: str, extract: str, require_think: boo
     if None not in numbers:
         if numbers[0] == numbers[1]:
             return "correct"
-        if numbers[0].denominator == numbers[1].denominator == 1:  # decimals are rounded before they are compared
+        if "." not in answer + gold:  # decimals are rounded before they are compared
             return "wrong"
     words = WORDS.fullmatch(gold)  # math-verify reads `east` without \text as e*a*s*t
     if words and WORDS.sub(r"\1", answer).strip().casefold() == words[1].strip().casefold() != "":
         return "correct"
+    if nesting(answer) > MAX_NESTING or REPEATS.search(answer):
+        return "unparsed"
     return ("boxed", answer, gold)
 
 
@@ -143,13 +163,50 @@ def settle(response: str, gold: str, kind: str, extract: str, require_think: boo
 # The worker: this file run as a program of its own, so that it neither shares nor imports anything of the trainer's.
 # One JSON line in is a batch of [how, answer, gold]; one line out is the verdict on one of them.
 
-WORKER_MEMORY = 2 << 30  # bytes of address space; a worker takes 0.1 GiB
+WORKER_MEMORY = 1 << 30  # bytes of address space; a worker takes 0.1 GiB
+CPU_LIMIT = 1.0  # seconds of computing an answer, several times the slowest ordinary one; exceeding it is a timeout, too
+LARGEST = 10_000  # exponents, arguments of factorials and bounds of sums up to here are evaluated
+
+
+def size(expression) -> float:
+    """Roughly the absolute value of a SymPy expression, its variables taken as 1, found without evaluating anything.
+
+    Raises ArithmeticError where evaluating would take numbers of much more than LARGEST digits, or as many terms.
+    """
+    import sympy
+    parts = [size(part) for part in (expression.flat() if isinstance(expression, sympy.MatrixBase) else expression.args)]
+    try:
+        if isinstance(expression, (sympy.Number, sympy.NumberSymbol)):
+            return abs(float(expression))
+        if isinstance(expression, (sympy.Add, sympy.Mul)):
+            return sum(parts) if expression.is_Add else math.prod(parts)
+        if isinstance(expression, (sympy.Pow, sympy.exp, sympy.MatPow)):
+            base, exponent = parts if len(parts) == 2 else (math.e, *parts)
+            if exponent > LARGEST:
+                raise ArithmeticError("exponent too large")
+            return base ** (-exponent if expression.args[-1].could_extract_minus_sign() else exponent) if base else 0.0
+        if isinstance(expression, (sympy.factorial, sympy.factorial2, sympy.binomial, sympy.gamma, sympy.Sum, sympy.Product)):
+            if max(parts) > LARGEST:
+                raise ArithmeticError("too many factors or terms")
+            return math.gamma(max(parts) + 1)
+    except OverflowError:
+        return math.inf
+    return max(parts, default=1.0)
+
+
+def too_large(expression) -> bool:
+    try:
+        size(expression)
+    except (ArithmeticError, RecursionError):
+        return True
+    return False
 
 
 def worker(limit: float) -> None:
     import resource
     import math_verify.parser  # and not at the top: whoever imports this file need not wait for SymPy
     import sympy.parsing.sympy_parser
+    import sympy.physics.units  # noqa: F401  simplify does so, and that parses the units' names, which is forbidden below
     logging.disable(logging.CRITICAL)
     parse, verify = math_verify.parse, math_verify.verify
     latex = [math_verify.LatexExtractionConfig()]
@@ -164,11 +221,23 @@ def worker(limit: float) -> None:
     # the plain arithmetic that Math-Verify finds in a response is read as LaTeX instead.
     sympy.parsing.sympy_parser.parse_expr = sympy.parsing.sympy_parser.eval_expr = plain_number
     math_verify.parser.parse_expr_cached = lambda text: math_verify.parser.parse_latex_cached(text.replace("**", "^"))
+    simplified_to_zero = math_verify.grader.sympy_symbolic_eq
+
+    def differ(a, b) -> bool:
+        try:
+            symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+            point = {symbol: sympy.Rational(7 * i + 3, 11) for i, symbol in enumerate(symbols)}
+            a, b = (complex(x.subs(point).evalf()) for x in (a, b))
+            return 1e-6 < abs(a - b) / (1 + abs(a)) < math.inf
+        except Exception:  # no numbers: only simplifying can tell
+            return False
+
+    # Simplifying is slow at showing that two expressions differ, which their values at one point can do at once.
+    math_verify.grader.sympy_symbolic_eq = lambda a, b: not differ(a, b) and simplified_to_zero(a, b)
     allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
     if sys.platform == "linux" and not 0 <= allowed < WORKER_MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, allowed))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    cpu_allowed = resource.getrlimit(resource.RLIMIT_CPU)[1]
 
     @lru_cache(4096)
     def parse_latex(text: str) -> list:
@@ -177,12 +246,16 @@ def worker(limit: float) -> None:
         return parse(f"${text}$", latex, parsing_timeout=None)
 
     def compare(how: str, answer: str, gold: str) -> str:
+        golds = parse_latex(gold)
         found = parse(answer, either, parsing_timeout=None) if how == "any" else parse_latex(answer)
+        # What is too large to be evaluated can still be right by its form.
+        found = [f for f in found if isinstance(f, str) or f in golds or not too_large(f)]
+        golds = [g for g in golds if isinstance(g, str) or g in found or not too_large(g)]
         failed = False
         understood = any(not isinstance(f, str) for f in found)  # and not only cut out
         if how == "gold" and not understood:
             return "unparsed"
-        for g in parse_latex(gold):
+        for g in golds:
             for f in found:
                 try:
                     if verify(g, f, timeout_seconds=None, raise_on_error=True):
@@ -197,8 +270,8 @@ def worker(limit: float) -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         for how, answer, gold in json.loads(line):
-            # Should the parent be gone, nobody else ends a computation that is stuck.
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + limit) + 1, cpu_allowed))
+            # Ends this process by SIGPROF, even within native code, on a busy machine no sooner, and with the parent gone.
+            signal.setitimer(signal.ITIMER_PROF, min(limit, CPU_LIMIT))
             print(compare(how, answer, gold), file=replies, flush=True)
 
 
@@ -233,8 +306,9 @@ class Checker:
     first needed. extract="any" has Math-Verify search whole responses of the kinds math and number. require_think:
     exactly one </think>, and the answer after it; a response without is unparsed.
 
-    limit is wall-clock seconds an answer: a worker that exceeds it is killed and replaced and its answer a timeout; the
-    answer of a worker that dies is an error. Math-Verify's own limits are off, since they cannot stop native code.
+    limit is wall-clock seconds an answer, of which CPU_LIMIT may be spent computing: a worker that exceeds either is
+    killed and replaced and its answer a timeout; the answer of a worker that dies is an error. Math-Verify's own limits
+    are off, since they cannot stop native code. Answers too deep, repetitive or large to be evaluated are unparsed.
 
     Known of Math-Verify 0.9 and left so: `10\%` equals both `10` and `0.1`, whichever of them is gold; units are dropped;
     `x=5` and `5` are one; `2,3`, `3,2` and `2 \text{ or } 3` are one; numbers equal to six decimals are equal where one is
@@ -330,6 +404,8 @@ class Checker:
     def _replace(self, w: Worker, verdict: str, waiting: deque, verdicts: dict) -> None:
         self.pool.remove(w)
         w.end()
+        if w.process.returncode == -signal.SIGPROF:
+            verdict = "timeout"
         if not w.ready:
             raise RuntimeError("a worker that compares answers did not start; if it died, its message stands above")
         verdicts[w.jobs.popleft()] = verdict
@@ -731,7 +807,7 @@ def main() -> None:
     checking = argparse.ArgumentParser(add_help=False)
     checking.add_argument("--extract", choices=("boxed", "any"), default="boxed",
                           help=r"boxed: the last \boxed{} alone; any: Math-Verify's own search over the response")
-    checking.add_argument("--limit", type=float, default=5.0, help="wall-clock seconds an answer")
+    checking.add_argument("--limit", type=float, default=5.0, help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)")
     checking.add_argument("--require-think", action="store_true", help="the answer must stand after the one </think>")
     grading = sys.argv[1:2] == ["grade"]
     if grading:

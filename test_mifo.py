@@ -1701,6 +1701,7 @@ def eval_run(*args):
     return subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT)
 
 
+EVAL_STUCK = r"\boxed{\int_0^{10^{7}} x^{x} dx}"  # costs whatever the limits allow
 # Gold answers of MATH-500 and GSM8K that Math-Verify cannot find equal to themselves: none.
 EVAL_EXCEPTIONS = set()
 
@@ -1800,6 +1801,30 @@ def test_eval_verdicts(eval_checker, response, gold, kind, verdict):
     assert eval_checker.check([response], [gold], [kind]) == [verdict]
 
 
+def test_eval_agrees_with_math_verify(eval_checker):
+    """The worker forbids SymPy to read text and refutes by value; neither may change a verdict."""
+    import math_verify
+    latex = [math_verify.LatexExtractionConfig()]
+    equal = [
+        ("(x-1)(x+1)", "x^2-1"), ("(a+b)^3", "a^3+3a^2b+3ab^2+b^3"), (r"\ln e^2", "2"), (r"\tan 45^\circ", "1"),
+        (r"\int_0^1 x dx", r"\frac12"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", r"\begin{pmatrix}7&10\\15&22\end{pmatrix}"), (r"x^2+2x+1=0",
+        "(x+1)^2=0"), ("1<x<2", "(1,2)"),
+        (r"[0,1)\cup(1,2]", r"[0,2]\setminus\{1\}"), (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"), (r"\sum_{k=1}^{10}k", "55"),
+        (r"\binom{10}{3}", "120"),
+        ("|x-3|", "|3-x|"), (r"\sqrt{x^2}", "|x|"), (r"\sin 2x", r"2\sin x\cos x"), (r"\frac{1}{\sqrt2}",
+        r"\frac{\sqrt2}{2}"), ("y=2x+3", "2x+3"),
+        ("2x+3y=6", "3y=6-2x"), (r"(3,\frac{\pi}{2})", r"(3,0.5\pi)"), (r"3\pm\sqrt2", r"\{3+\sqrt2,3-\sqrt2\}"),
+        (r"\frac{\sqrt3}{3}", r"\tan\frac{\pi}{6}"),
+        ("(1+i)^2", "2i"), (r"\frac{x^2-1}{x-1}", "x+1"), (r"\sin^2 x+\cos^2 x", "1"), (r"\frac{1+i}{1-i}", "i"),
+        (r"a^{-1}+b^{-1}", r"\frac{a+b}{ab}")]
+    pairs = equal + [(gold, answer) for answer, gold in equal] + [(a, g) for (a, _), (_, g) in zip(equal, equal[1:])]
+    verdicts = eval_checker.check([rf"\boxed{{{a}}}" for a, _ in pairs], [g for _, g in pairs], ["math"] * len(pairs))
+    expected = [math_verify.verify(math_verify.parse(f"${g}$", latex), math_verify.parse(f"${a}$", latex)) for a, g in pairs]
+    assert [v == "correct" for v in verdicts] == expected
+    assert sum(expected) > 40
+
+
 def test_eval_think_requirement():
     with evaluation.Checker(require_think=True) as checker:
         cases = {"<think>a</think>\\boxed{5}": "correct", "a</think>\\boxed{5}": "correct", "\\boxed{5}": "unparsed",
@@ -1858,16 +1883,58 @@ def test_eval_hostile_answers_cost_at_most_the_limit(tmp_path):
             verdict, after = checker.check([rf"\boxed{{{answer}}}", r"\boxed{3+4}"], ["7", "7"], ["math", "math"])
             assert verdict != "correct" and after == "correct", answer
             assert time.monotonic() - start < limit + evaluation.START_LIMIT  # a worker's start comes on top
-        assert checker.check([r"\boxed{10^{10^{9}}}"], ["7"], ["math"]) == ["timeout"]
+        assert checker.check([EVAL_STUCK], ["7"], ["math"]) == ["timeout"]
     assert not (tmp_path / "evaluated").exists()
+
+
+def test_eval_hostile_corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from faults_checker import GOLDS, hostile_answers
+    responses = [f"\\boxed{{{answer}}}" for answer in hostile_answers()]
+    golds = [GOLDS[i % len(GOLDS)] for i in range(len(responses))]
+    settled = [evaluation.settle(r, g, "math", "boxed", False) for r, g in zip(responses, golds)]
+    refused = [i for i, verdict in enumerate(settled) if isinstance(verdict, str)]
+    assert len(refused) > 250 and {settled[i] for i in refused} == {"unparsed"}
+    # A quarter of the rest, less those that take as long as they may: benchmarks/faults_checker.py runs them all.
+    rest = [i for i in range(len(responses)) if i not in set(refused) and not re.search("int|binom|gcd", responses[i])][::4]
+    with evaluation.Checker(workers=2, limit=20.0) as checker:
+        verdicts = checker.check([responses[i] for i in rest], [golds[i] for i in rest], ["math"] * len(rest))
+        assert set(verdicts) <= {"wrong", "unparsed", "timeout"} and verdicts.count("timeout") < 10
+        assert checker.check([r"\boxed{3+4}"], ["7"], ["math"]) == ["correct"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("answer, gold, verdict", [
+    ("10^{10^{9}}", "7", "unparsed"), ("((9!)!)!", "7", "unparsed"), (r"\sum_{k=1}^{10^{12}} k^k", "7", "unparsed"),
+    (r"2^{-10^{9}}", "0", "unparsed"), ("(1+i)^{10^{30}}", "1", "unparsed"), (r"e^{e^{10^{9}}}", "7", "unparsed"),
+    (r"\begin{pmatrix} 1 & 1 \\ 0 & 1 \end{pmatrix}^{10^{9}}", r"\begin{pmatrix} 1 & 1 \\ 0 & 1 \end{pmatrix}", "unparsed"),
+    ("2 ^ {2^{2004}}", "2^{2^{2004}}", "correct"), ("7", "2^{2^{2004}}", "wrong"),  # too large, but the form tells
+    (r"\frac{10^{1000}}{10^{999}}", "10", "correct"), ("2^{2025}", "2^{2024} + 2^{2024}", "correct"), ("50!",
+    r"50 \cdot 49!", "correct"),
+    ("2^{2025} + 1", "2^{2025}", "wrong"), ("(" * 9 + "3+4" + ")" * 9, "7", "correct"), ("(" * 11 + "3+4" + ")" * 11, "7",
+    "unparsed"),
+    ("1" * 30 + "+0", "1" * 30, "correct"), ("x" + "+x" * 25, "26x", "unparsed"),
+    # expressions that differ are told apart by value, equal ones are simplified
+    (r"\sqrt{5+2\sqrt{6}}", r"\sqrt{2}+\sqrt{3}", "correct"), (r"\sqrt{5+2\sqrt{6}}", r"\sqrt{2}+\sqrt{3.0001}", "wrong"),
+    (r"\sin^2 x + \cos^2 x + y", "y + 1", "correct"), (r"\sin^2 x - \cos^2 x + y", "y + 1", "wrong"), ("(a+b)^3", "a^3+b^3",
+    "wrong"),
+    (r"\frac{x^2-1}{x-1}", "x + 1", "correct"), ("10^{-9}x", "0", "wrong"),
+    # plain fractions
+    (r"\frac{6}{4}", r"\dfrac{3}{2}", "correct"), ("6/4", r"\frac32", "correct"), (r"-\frac{1}{2}", "-1/2", "correct"),
+    (r"\frac{1}{3}", "0.3333333", "correct"), (r"\frac{2}{3}", r"\frac{3}{2}", "wrong"), (r"\frac{1}{0}", "1", "wrong"),
+    ("0/5", "0", "correct"),
+])
+def test_eval_large_and_slow_answers(eval_checker, answer, gold, verdict):
+    assert eval_checker.check([rf"\boxed{{{answer}}}"], [gold], ["math"]) == [verdict]
 
 
 def test_eval_killed_and_hanging_workers_are_replaced():
     with evaluation.Checker(limit=2.0) as checker:
         assert checker.check([r"\boxed{3+4}"], ["7"], ["math"]) == ["correct"]
         first = checker.pool[0].process.pid
-        killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {first}"])  # in the middle of the second answer
-        responses = [r"\boxed{3+4}", r"\boxed{10^{10^{9}}}", r"\boxed{2+5}", r"\boxed{2+6}"]
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {first}"])  # in the middle of the second answer
+        responses = [r"\boxed{3+4}", EVAL_STUCK, r"\boxed{2+5}", r"\boxed{2+6}"]
         assert checker.check(responses, ["7"] * 4, ["math"] * 4) == ["correct", "error", "correct", "wrong"]
         killer.wait()
         second = checker.pool[0].process.pid
@@ -1889,7 +1956,7 @@ def test_eval_killed_and_hanging_workers_are_replaced():
 def test_eval_workers_end_with_their_parent():
     code = ("import eval as e, sys\nc = e.Checker(limit=1.0)\nc.check([r'\\boxed{1+1}'], ['2'], ['math'])\n"
             "print(c.pool[0].process.pid, flush=True)\n%s")
-    busy = "c.limit = 1000.0\nc.check([r'\\boxed{10^{10^{9}}}'], ['2'], ['math'])"
+    busy = f"c.limit = 1000.0\nc.check([{EVAL_STUCK!r}], ['2'], ['math'])"
     for rest in ("import time; time.sleep(60)", busy):
         parent = subprocess.Popen([sys.executable, "-c", code % rest], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         worker = int(parent.stdout.readline())
@@ -2031,7 +2098,7 @@ def test_eval_hub_layouts(tmp_path, monkeypatch):
 
 def test_eval_grade_command(tmp_path):
     rows = [{"answer": "1/2", "response": r"\boxed{0.5}", "note": "kept"}, {"answer": "2", "response": r"\boxed{3}"},
-            {"answer": "2", "response": "it is 2"}, {"answer": "7", "response": r"\boxed{10^{10^{9}}}"},
+            {"answer": "2", "response": "it is 2"}, {"answer": "7", "response": EVAL_STUCK},
             {"answer": "w\n#### 5", "response": "so 5"}, {"answer": "B", "kind": "choice", "response": "Answer: B"},
             {"answer": 2, "response": "\ud800\0\\boxed{2}"}]
     path = tmp_path / "mine.jsonl"

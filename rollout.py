@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
@@ -85,9 +86,9 @@ def _global_rng_untouched():
         torch.cuda.set_rng_state_all(cuda)
 
 
-def _repack_head(model) -> None:
-    """On a CPU vLLM 0.32 multiplies by packed copies of the weights, and a reload forgets that of a tied output head."""
-    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+def _keep_weight(layer, remove_weight: bool) -> None:
+    """On a CPU vLLM 0.32 multiplies by packed copies of the weights: no faster at these sizes, and a push packs them anew."""
+    layer.cpu_linear = torch.nn.functional.linear
 
 
 class VLLMSampler:
@@ -107,7 +108,8 @@ class VLLMSampler:
         settings = {"gpu_memory_utilization": gpu_memory_utilization} if self.cuda else {
             "kv_cache_memory_bytes": int(kv_cache_gib * 2**30), "enforce_eager": True,
             "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_len, 8192)}
-        with _global_rng_untouched():
+        unpacked = mock.patch("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", _keep_weight)
+        with _global_rng_untouched(), unpacked:
             self.llm = vllm.LLM(
                 model=model_dir, skip_tokenizer_init=True, dtype=str(dtype).removeprefix("torch."), max_model_len=max_len,
                 max_num_seqs=max_num_seqs, seed=seed, logprobs_mode="processed_logprobs", enable_prefix_caching=True,
@@ -139,9 +141,10 @@ class VLLMSampler:
         """Takes over the trainer's weights, one tensor at a time. The KV cache wakes only after them, so both fit."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.cuda:
-            self.llm.apply_model(_repack_head)
+        if self.cuda:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        else:  # a reload would first make all tensors anew
+            self.llm.apply_model(lambda model: model.load_weights(weights))
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False

@@ -809,7 +809,7 @@ def push(run: Run) -> None:
     run.pushed_at = run.state.step
     with run.timed("probe"):
         prompt = run.questions[0].prompt
-        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
+        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(8, run.cfg.max_response), 1.0)
         batch = data.collate([(prompt, probe.tokens)], 0, engine=[probe.logprobs])
         batch = {key: value.to(run.device) for key, value in batch.items()}
         with torch.no_grad():
@@ -872,7 +872,7 @@ class Progress:
     """One live line in a terminal, plain lines elsewhere; and the step's line in metrics.jsonl. Rank 0 alone speaks."""
 
     def __init__(self, run: Run):
-        self.run, self.bar, self.reward = run, None, 0.0
+        self.run, self.bar, self.reward, self.plotted = run, None, 0.0, time.perf_counter()
         if run.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=run.cfg.steps, initial=run.state.rl_steps, unit="step", dynamic_ncols=True)
 
@@ -886,8 +886,9 @@ class Progress:
         with open(Path(run.cfg.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
         self.reward = line.get("reward", self.reward)
-        if state.step % 20 == 0:
+        if time.perf_counter() - self.plotted > 60:  # drawing takes longer than a small model's step
             plot(run.cfg.out)
+            self.plotted = time.perf_counter()
         text = (f"{phase.upper():3} reward {self.reward:.2f}  buffer {len(state.buffer)}/{run.cfg.buffer_size}  "
                 f"SFT phases {state.sft_phases}")
         if self.bar is not None:

@@ -206,20 +206,21 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
     Raises ValueError with the columns found.
     """
     columns = list(rows.column_names)
+    found = " ".join(", ".join(columns).split())[:300]
     fields = "--question-field, --answer-field and, for demonstrations, --solution-field"
     if question_field or answer_field or solution_field:
         if not (question_field and answer_field):
             raise ValueError("--question-field and --answer-field are needed together; --solution-field is optional")
         missing = [f for f in (question_field, answer_field, solution_field) if f and f not in columns]
         if missing:
-            raise ValueError(f"{source}: no column {', '.join(missing)}; found {', '.join(columns)} (see {fields})")
+            raise ValueError(f"{source}: no column {', '.join(missing)}; found {found} (see {fields})")
     elif {"prompt", "reward_model"} <= set(columns):
         return _read_chat
     else:
         question_field = next((f for f in ("problem", "question") if f in columns), None)
         answer_field, solution_field = "answer", "solution"
         if not question_field or answer_field not in columns:
-            raise ValueError(f"{source}: no known layout; found {', '.join(columns)}; name the columns by {fields}")
+            raise ValueError(f"{source}: no known layout; found {found}; name the columns by {fields}")
     worked = any("####" in _text(rows[i].get(answer_field)) for i in range(min(20, len(rows))))
 
     def read(row):
@@ -325,7 +326,7 @@ def _lengths(tokenizer, texts: list[str]) -> list[int]:
 
 NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
 PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # anything else is shown to the checker
-BATCH_CHARS = 1 << 20  # text tokenised at a time: the tokenizer's own records are about 100 times its size
+BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
 
 
 class Questions(Sequence):

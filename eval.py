@@ -517,21 +517,23 @@ PICK = "\n\nReason step by step, and put the letter of the correct option within
 
 
 def read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    """(file:line, row) of every line that is not blank."""
+    """(file:line, row) of every line that is not blank. Unlike what data.py reads, responses may be no valid Unicode."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as problem:
                 raise ValueError(f"{path}:{number}: not a line of JSON ({problem})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}")
             rows.append((f"{path}:{number}", row))
+    if not rows:
+        raise ValueError(f"{path}: no rows")
     return rows
 
 
@@ -542,15 +544,15 @@ def text_of(place: str, row: dict, *names: str) -> str:
         value = ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # AMC's answers are stored as floats
-    if value is None or str(value).strip() == "":
-        raise ValueError(f"{place}: the row has no {' or '.join(names)}; its columns are {', '.join(row) or 'none'}")
+    if value is None or value != value or isinstance(value, (bool, dict)) or str(value).strip() == "":
+        raise ValueError(f"{place}: the row has no {' or '.join(names)}; its columns are {str(list(row)):.200}")
     return str(value)
 
 
 def kind_of(place: str, row: dict, answer: str) -> str:
     kind = row.get("kind") or ("choice" if row.get("options") else "number" if "####" in answer else "math")
     if kind not in KINDS:
-        raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, not {kind!r}")
+        raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, not {kind!r:.50}")
     return kind
 
 
@@ -583,12 +585,18 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
         answer = text_of(place, row, bench.answer if bench else "answer")
         kind = bench.kind if bench else kind_of(place, row, answer)
         answer = answer.rpartition("####")[2].strip()
+        if not answer:
+            raise ValueError(f"{place}: nothing stands after the last ####")
         if row.get("context"):  # OlympiadBench's shared introduction to several questions
             question = f"{row['context']}\n{question}"
         if kind == "choice" and row.get("options"):
+            if not isinstance(row["options"], list):
+                raise ValueError(f"{place}: options must be a list, not a {type(row['options']).__name__}")
             question += "\n" + "".join(f"\n{x}. {option}" for x, option in zip("ABCDEFGHIJ", row["options"])) + PICK
         levels = [bench.level] if bench else ["level", "category", "subject"]
         level = str(next((row[key] for key in levels if row.get(key)), ""))
+        if re.search("[\ud800-\udfff]", question):
+            raise ValueError(f"{place}: the question holds half a surrogate pair, which no tokenizer takes")
         prompt = data.render_prompt(tokenizer, question, system=system, generation_prefix=generation_prefix)
         questions.append(data.Question(f"{Path(name).name}/{i}", prompt, answer, None, level, kind))
     if not questions:
@@ -672,7 +680,7 @@ def command_grade(args) -> None:
     kinds = [kind_of(place, row, gold) for (place, row), gold in zip(rows, golds)]
     for place, row in rows:
         if not isinstance(row.get("response"), str):
-            raise ValueError(f"{place}: the row has no response (a string); its columns are {', '.join(row)}")
+            raise ValueError(f"{place}: the row has no response (a string); its columns are {str(list(row)):.200}")
     counts: Counter = Counter()
     out = args.file.with_suffix(".graded.jsonl")
     with Checker(checker_workers(1), args.limit, args.extract, args.require_think) as checker, out.open("w") as file:

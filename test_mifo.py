@@ -1,4 +1,5 @@
 """Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data, and skipped where absent."""
+import argparse
 import dataclasses
 import itertools
 import json
@@ -1632,6 +1633,71 @@ def test_data_wrong_types(data_tok, tmp_path):
     assert len(q) + sum(q.dropped.values()) == len(rows) and len({x.id for x in q}) == len(q)
 
 
+DATA_ODD = [None, True, -1, 2.5, float("nan"), float("inf"), 10**400, "", " ", "\0", "\u202e5",
+"x" * 5000, [], [[]], {}, {"a": [1]}, ["a", None],
+            "\ud800", "9" * 5000, "1e999", "-0.0"]
+
+
+def data_fuzzed(draw, columns):
+    """A JSONL file with something wrong here and there: values, columns, bytes."""
+    rows = []
+    for _ in range(draw.randint(1, 6)):
+        row = {c: draw.choice(DATA_ODD) if draw.random() < 0.3 else "\\boxed{5}" if c != "answer" else "5" for c in columns if draw.random() < 0.9}
+        if draw.random() < 0.1:
+            row = draw.choice([row, [row], None, 5, "text"])
+        rows.append(json.dumps(row).encode())
+    text = draw.choice([b"\n", b"\r\n", b"\n\n"]).join(rows)
+    if draw.random() < 0.3:
+        at = draw.randrange(len(text) + 1)
+        text = text[:at] + draw.choice([b"\xff", b"\0", b"\xef\xbb\xbf", b"{", b'"', b"[" * 2000, b"\xc3", b"NaN", b"\\ud800"]) + text[at:]
+    return draw.choice([text, text, text, b"\xef\xbb\xbf" + text, text.decode("latin-1").encode("utf-16"), text[:-3]])
+
+
+def data_reads(load, name):
+    """Loads, or refuses in one short line."""
+    try:
+        return load()
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600 and str(name) in str(error), error
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_data_fuzzed_jsonl(data_tok, tmp_path, seed):
+    draw, read = random.Random(seed), 0
+    for i in range(40):
+        path = tmp_path / f"fuzz{i}.jsonl"
+        path.write_bytes(data_fuzzed(draw, ["problem", "answer", "solution", "level", "unique_id", "behavior_logprobs"]))
+        questions = data_reads(lambda: data.load_questions(
+            str(path), data_tok, max_prompt=500, max_response=500, cache_dir=tmp_path / "c", checker=data_Check()), path)
+        if questions is not None:
+            assert len(questions) + sum(questions.dropped.values()) == len(questions.rows)
+            assert all(q.prompt and q.answer for q in questions) and len({q.id for q in questions}) == len(questions)
+            read += 1
+    assert read > 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_data_fuzzed_parquet(data_tok, tmp_path, seed):
+    draw = random.Random(seed)
+    whole = Path(data_write(tmp_path / "whole.parquet", DATA_OPENR1 * 50)).read_bytes()
+    for i in range(40):
+        path, at = tmp_path / f"fuzz{i}.parquet", draw.randrange(len(whole))
+        path.write_bytes(draw.choice([
+            whole[:at], whole[at:], whole[:at] + draw.randbytes(draw.randint(1, 50)) + whole[at:], whole[:at] + draw.randbytes(9) + whole[at + 9:],
+            whole[:-200] + draw.randbytes(200), b"PAR1" + draw.randbytes(100) + b"PAR1", whole * 2]))
+        questions = data_reads(lambda: data.load_questions(
+            str(path), data_tok, max_prompt=500, max_response=500, cache_dir=tmp_path / "c", checker=data_Check()), path)
+        assert questions is None or len(questions) + sum(questions.dropped.values()) == len(questions.rows)
+    odd = {"int": [1, 2], "bytes": [b"a", b"5"], "time": pyarrow.array([1, 2], pyarrow.timestamp("s")), "null": [None, None],
+           "list": [[1], []], "struct": [{"a": 1}, None], "text": ["5", None], "float": [float("nan"), 5.0]}
+    for question, answer in itertools.product(odd, odd):
+        path = tmp_path / f"{question}-{answer}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"problem": odd[question], "answer": odd[answer]}), path)
+        questions = data_reads(lambda: data.load_questions(
+            str(path), data_tok, max_prompt=500, max_response=500, cache_dir=tmp_path / "c", checker=data_Check()), path)
+        assert questions is None or [q.answer for q in questions if q.prompt]
+
+
 def test_data_long_line(data_tok, tmp_path):
     """A 20 MB line costs no tokenising, and a text in the tokenizer's worst case none beyond the limit's reach."""
     rows = [
@@ -2064,6 +2130,20 @@ def test_eval_local_questions(tmp_path, monkeypatch):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             evaluation.load_questions(str(path), None, None, "")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eval_fuzzed_files(data_tok, tmp_path, seed):
+    draw = random.Random(seed)
+    for i in range(40):
+        path = tmp_path / f"fuzz{i}.jsonl"
+        path.write_bytes(data_fuzzed(draw, ["question", "answer", "options", "kind", "level",
+        "context"] if i % 2 else ["question", "answer"]))
+        questions = data_reads(lambda: evaluation.load_questions(str(path), data_tok, None, ""), path)
+        assert questions is None or all(q.prompt and q.answer.strip() and q.kind in evaluation.KINDS for q in questions)
+        path.write_bytes(data_fuzzed(draw, ["response", "answer", "kind"] if i % 2 else ["response", "answer"]))
+        args = argparse.Namespace(file=path, limit=5.0, extract="boxed", require_think=False)
+        data_reads(lambda: evaluation.command_grade(args), path)
 
 
 def test_eval_hub_layouts(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """How long a large file of demonstrations takes to load, and how much memory of its own that costs.
 
-    python benchmarks/loading.py --rows 46000 --format jsonl --max-response 40000
+    python benchmarks/loading.py --rows 46000 --format jsonl
 
-Writes rows in the layout of OpenR1-Math-46k (about 32 kB of made-up reasoning each) to --dir, measures in fresh
-processes, and deletes them. `anonymous` is the process's own memory, without the pages of memory-mapped files.
+Writes rows in the layout of OpenR1-Math-46k (8,000 tokens of made-up reasoning each, every fourth gold answer no plain
+number) to --dir, measures in fresh processes, and deletes them. The first load counts every demonstration's tokens, on
+all cores, unless --max-response is above --chars. `anonymous` is the process's own memory, without the pages of
+memory-mapped files.
 """
 import argparse
 import json
@@ -28,12 +30,13 @@ def write(path: Path, rows: int, chars: int) -> None:
     with path.with_suffix(".jsonl").open("w") as lines:
         for i in range(rows):
             thought = "\n\n".join(draw.choices(paragraphs, k=chars // 80))[:chars]
-            text = f"<think>\n{thought}\n</think>\nThe answer is $\\boxed{{{i}}}$."
+            gold = str(i) if i % 4 else f"{i} \\sqrt{{2}}"
+            text = f"<think>\n{thought}\n</think>\nThe answer is $\\boxed{{{gold}}}$."
             prompt = [{"role": "system", "content": "Think, then answer in \\boxed{}."},
                       {"role": "user", "content": f"What is {i} times one?"}]
             batch.append({"data_source": "", "prompt": prompt,
                           "target": [{"role": "assistant", "content": text}], "ability": "math",
-                          "reward_model": {"style": "rule", "ground_truth": str(i)}, "extra_info": {"index": i}})
+                          "reward_model": {"style": "rule", "ground_truth": gold}, "extra_info": {"index": i}})
             if len(batch) == 500 or i + 1 == rows:
                 table = pyarrow.Table.from_pylist(batch)
                 if path.suffix == ".parquet":
@@ -70,7 +73,7 @@ def measure(path: str, folder: str, tokenizer_file: str, max_response: int) -> N
     times = [time.perf_counter()]
     rows = data.load_rows(path, cache_dir=folder)
     times.append(time.perf_counter())
-    with eval.Checker() as checker:
+    with eval.Checker(eval.checker_workers(1)) as checker:
         questions = data.load_questions(path, tokenizer, max_prompt=1024, max_response=max_response, cache_dir=folder,
                                         checker=checker)
     times.append(time.perf_counter())
@@ -85,10 +88,9 @@ def measure(path: str, folder: str, tokenizer_file: str, max_response: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=46000)
-    parser.add_argument("--chars", type=int, default=32000, help="length of a demonstration in characters")
+    parser.add_argument("--chars", type=int, default=25500, help="length of a demonstration in characters")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
-    parser.add_argument("--max-response", type=int, default=40000,
-                        help="below --chars, the first load has to tokenise the demonstrations")
+    parser.add_argument("--max-response", type=int, default=8192)
     parser.add_argument("--dir", help="where the file goes (default: a temporary folder)")
     args = parser.parse_args()
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

@@ -87,7 +87,7 @@ def _global_rng_untouched():
 
 
 def _keep_weight(layer, remove_weight: bool) -> None:
-    """On a CPU vLLM 0.32 multiplies by packed copies of the weights: no faster at these sizes, and a push packs them anew."""
+    """On a CPU vLLM 0.32 multiplies by packed copies of the weights, which every push would make anew."""
     layer.cpu_linear = torch.nn.functional.linear
 
 
@@ -152,7 +152,7 @@ class VLLMSampler:
 
 
 class _RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """Keys and values [R, heads, T, head size] at the start of larger buffers: a new token is written, the old are not moved."""
+    """Keys and values [R, heads, T, head size] at the start of larger buffers: new ones are written, none moved."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
@@ -240,7 +240,8 @@ class TorchSampler:
         ids, attention = ids.to(self.device), attention.to(self.device)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
         cache = transformers.DynamicCache(config=self.model.config)
-        cache.layers = [_RoomyLayer() if type(layer) is transformers.cache_utils.DynamicLayer else layer for layer in cache.layers]
+        plain = transformers.cache_utils.DynamicLayer  # others keep a sliding window, say
+        cache.layers = [_RoomyLayer() if type(layer) is plain else layer for layer in cache.layers]
         logits = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
                             use_cache=True, logits_to_keep=1).logits[:, -1]  # [len(prompts), V]
         cache.batch_repeat_interleave(n)

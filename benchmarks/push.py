@@ -35,15 +35,18 @@ model = transformers.Qwen2ForCausalLM(config)
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     sampler = rollout.make_sampler("vllm", folder, max_len=128, dtype=getattr(torch, args.dtype), eos_ids=[0], max_num_seqs=8)
-weights = [(name, p.detach().to(sampler.device if hasattr(sampler, "device") else "cuda" if sampler.cuda else "cpu"))
-           for name, p in model.named_parameters()]
+weights = [(name, p.detach().to("cuda" if sampler.cuda else "cpu")) for name, p in model.named_parameters()]
 copies = [torch.empty_like(w) for _, w in weights]
 wait = torch.cuda.synchronize if sampler.cuda else lambda: None
 seconds = {"copy": [], "push": []}
 for i in range(args.repeats + 1):
-    for key, work in (("copy", lambda: [c.copy_(w) for c, (_, w) in zip(copies, weights)]), ("push", lambda: sampler.push(weights))):
+    for key in seconds:
         start = time.perf_counter()
-        work()
+        if key == "push":
+            sampler.push(weights)
+        else:
+            for target, (_, weight) in zip(copies, weights):
+                target.copy_(weight)
         wait()
         if i:  # the first of each also touches fresh memory
             seconds[key].append(time.perf_counter() - start)

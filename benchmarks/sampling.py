@@ -38,8 +38,8 @@ for name in args.models:
         transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
         for rows in args.rows:
             draw = torch.Generator().manual_seed(rows)
-            prompts = [torch.randint(config.vocab_size, (int(torch.randint(4, 33, (), generator=draw)),), generator=draw).tolist()
-                       for _ in range(rows)]
+            lengths = torch.randint(4, 33, (rows,), generator=draw).tolist()
+            prompts = [torch.randint(config.vocab_size, (length,), generator=draw).tolist() for length in lengths]
             longest = max(map(len, prompts))
             ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
             attention = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -63,5 +63,5 @@ for name in args.models:
                 count = sum(map(len, outputs["ours"]))
                 rate = {key: count / statistics.median(value) for key, value in seconds.items()}
                 ratio = statistics.median(a / b for a, b in zip(seconds["generate"], seconds["ours"]))
-                print(f"{name:>6} {rows:4} {ends:>6} {count / rows:11.1f} {rate['generate']:10.0f} {rate['ours']:8.0f} {ratio:6.2f}",
-                      flush=True)
+                print(f"{name:>6} {rows:4} {ends:>6} {count / rows:11.1f} {rate['generate']:10.0f} "
+                      f"{rate['ours']:8.0f} {ratio:6.2f}", flush=True)

@@ -1,5 +1,6 @@
 """Faults brought about on purpose in runs of the embedded task, and what became of the runs.
 
+    python benchmarks/faults.py                       # all of it, and hostile answers (faults_checker.py)
     python benchmarks/faults.py kill [--kills 30]     # kill -9 at random moments; each run is resumed and compared bit for bit
     python benchmarks/faults.py long [--steps 2000]   # two long runs of one seed at once: memory, time a step, files, equality
 """
@@ -147,7 +148,7 @@ def long(folder: Path, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kill", "long"))
+    parser.add_argument("what", nargs="?", choices=("kill", "long", "all"), default="all")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -159,7 +160,12 @@ def main() -> None:
             shutil.rmtree(path)
         elif path.is_file():
             path.unlink()
-    kill(args.out, args.kills, args.seed) if args.what == "kill" else long(args.out, args.steps)
+    if args.what in ("kill", "all"):
+        kill(args.out, args.kills, args.seed)
+    if args.what in ("long", "all"):
+        long(args.out, args.steps)
+    if args.what == "all":
+        subprocess.run([sys.executable, Path(__file__).with_name("faults_checker.py")], check=True)
 
 
 if __name__ == "__main__":

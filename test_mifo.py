@@ -857,7 +857,7 @@ def pure_training(frozen_steps, mode, weight_decay=0.1, warm=3):
             for g, is_frozen in zip(p.grad.flatten().tolist(), f.flatten().tolist())
             if not is_frozen
         ]
-        freeze.zero_frozen_gradients([p.grad for p in parameters], frozen)
+        freeze.zero_frozen_gradients((p.grad for p in parameters), (f for f in frozen))
         norms.append((torch.nn.utils.clip_grad_norm_(parameters, 1.0).item(), math.sqrt(sum(g * g for g in free))))
         optimizer.step()
         loop = max(
@@ -867,7 +867,7 @@ def pure_training(frozen_steps, mode, weight_decay=0.1, warm=3):
             if is_frozen
         )
         after = freeze.restore_frozen if mode == "strict" else freeze.largest_movement
-        movements.append((after([p.detach() for p in parameters], frozen, anchor), loop))
+        movements.append((after((p.detach() for p in parameters), (f for f in frozen), anchor), loop))
     return parameters, frozen, anchor, norms, movements
 
 
@@ -886,6 +886,12 @@ def test_frozen_entries_stay_bit_for_bit_under_warm_moments_and_weight_decay():
         assert norm == pytest.approx(free, rel=1e-5)  # the norm is that of the free entries alone
     for moved, loop in movements:
         assert moved == pytest.approx(loop, rel=1e-4) and moved > 1e-4  # what restoring has undone
+
+
+def test_a_frozen_gradient_that_is_not_finite_is_noticed():
+    gradient = torch.tensor([math.nan, math.inf, 3.0, 4.0])
+    freeze.zero_frozen_gradients([gradient], [torch.tensor([True, True, True, False])])
+    assert gradient[:2].isnan().all() and gradient[2:].tolist() == [0.0, 4.0]
 
 
 def test_zero_gradients_alone_leak():
@@ -2719,6 +2725,7 @@ LOOP_RL = {  # flags beside the common ones; what is compared with the oracle, w
     "updates": ["--updates", "2", "--clip-low", "0.1", "--clip-high", "0.15"],
     "kl": ["--updates", "2", "--kl-coef", "0.5"],
     "tis": ["--tis-cap", "2"],
+    "once": ["--reduce-once"],
     "seed": ["--seed", "1"],  # all 16 questions in another order
 }
 LOOP_SFT = {
@@ -2776,7 +2783,7 @@ def loop_row(model, prompt, response, temperature=1.0):
 
 
 def loop_rl_oracle(folder, flags) -> list[dict]:
-    option = dict(zip(*[iter([f for f in flags if f not in ("--normalize-std", "--mask-truncated")])] * 2))
+    option = dict(zip(*[iter([f for f in flags if f not in ("--normalize-std", "--mask-truncated", "--reduce-once")])] * 2))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "embedded-base-0", dtype=torch.float64)
     initial = transformers.AutoModelForCausalLM.from_pretrained(folder / "embedded-base-0", dtype=torch.float64)
     questions, tokenizer, temperature = loop_questions(), data.embedded_tokenizer(), float(option.get("--temperature", 1))
@@ -2865,7 +2872,7 @@ LOOP_PRESETS = {
     "without-freezing": ["--freeze", "off", "--buffer-size", "2"],
     "without-selection": ["--rho", "1", "--buffer-size", "2"],
     "without-both": ["--freeze", "off", "--rho", "1", "--buffer-size", "2"],
-    "dagger": ["--alpha", "0", "--steps", "9"],
+    "dagger": ["--alpha", "0", "--steps", "9", "--offload-importance"],
     "zero-grad-only": ["--freeze", "zero-grad-only", "--steps", "9"],
     "pear-sequence": ["--schedule", "sft-then-rl", "--pear", "sequence"],
     "pear-token": ["--schedule", "sft-then-rl", "--pear", "token"],

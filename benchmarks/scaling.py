@@ -91,12 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ranks", "sizes"])
     parser.add_argument("--rows", type=int, default=32, help="of the batch, over all ranks")
+    parser.add_argument("--flags", default="", help="more of ours, in one string: --replicas 2")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:  # one rank of one measurement
         rows = step.rows(args.rows)
-        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", 4096, "--reduce-once")
+        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", 4096, "--reduce-once", *args.flags.split())
         found = {which: seconds(run, which, rows, 2) for which in ("rl", "sft")}
         if run.rank == 0:
             Path(args.folder, "found.json").write_text(json.dumps(found))
@@ -117,7 +118,7 @@ def main() -> None:
         found = {1: [], 2: []}
         for _ in range(args.rounds):
             for world in found:
-                step.launch([__file__, "ranks", "--rows", str(args.rows), "--folder", folder], world)
+                step.launch([__file__, "ranks", "--rows", str(args.rows), "--folder", folder, *([f"--flags={args.flags}"] if world > 1 else [])], world)
                 found[world].append(json.loads(Path(folder, "found.json").read_text()))
     print(f"{args.rows} rows; seconds of an optimizer step on one rank and on two; target: at least 1.7 times as fast")
     for which in ("rl", "sft"):

@@ -147,8 +147,8 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for 4 "
-                                      "bytes a parameter on every rank")
+    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for "
+                                      "4 bytes a parameter on every rank")
     offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 

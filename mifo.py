@@ -716,7 +716,7 @@ def push(run: Run) -> None:
     run.pushed_at = run.state.step
     with run.timed("probe"):
         prompt = run.questions[0].prompt
-        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(8, run.cfg.max_response), 1.0)
+        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
         batch = data.collate([(prompt, probe.tokens)], 0, engine=[probe.logprobs])
         batch = {key: value.to(run.device) for key, value in batch.items()}
         with torch.no_grad():

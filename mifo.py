@@ -156,8 +156,8 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for 4 "
-                                      "bytes a parameter on every rank")
+    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for "
+                                      "4 bytes a parameter on every rank")
     offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
@@ -809,7 +809,7 @@ def push(run: Run) -> None:
     run.pushed_at = run.state.step
     with run.timed("probe"):
         prompt = run.questions[0].prompt
-        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(8, run.cfg.max_response), 1.0)
+        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
         batch = data.collate([(prompt, probe.tokens)], 0, engine=[probe.logprobs])
         batch = {key: value.to(run.device) for key, value in batch.items()}
         with torch.no_grad():

@@ -43,8 +43,9 @@ def main() -> None:
         return reduce(tensor, **options)
 
     reduce, dist.all_reduce = dist.all_reduce, counted
-    for module, name in ((mifo, "begin_sft_phase"), (mifo.freeze, "zero_frozen_gradients"), (mifo.freeze, "restore_frozen")):
-        timed(module, name)
+    timed(mifo, "begin_sft_phase")
+    timed(mifo.freeze, "zero_frozen_gradients")
+    timed(mifo.freeze, "restore_frozen")
     with tempfile.TemporaryDirectory() as folder:
         step.make_model(folder)
         rows = step.rows(args.rows)
@@ -62,7 +63,8 @@ def main() -> None:
     n = sum(p.numel() for p in run.policy.parameters())
     held = sum(t.numel() * t.element_size() for t in run.importance + run.anchor)
     phase, update = statistics.median(phases), statistics.median(updates)
-    print(f"{n:,} parameters; RL step of {sum(len(p) + len(r) for p, r, _ in rows):,} tokens; {args.sft_steps} SFT steps a phase")
+    tokens = sum(len(p) + len(r) for p, r, _ in rows)
+    print(f"{n:,} parameters; RL step of {tokens:,} tokens; {args.sft_steps} SFT steps a phase")
     print(f"time of a phase      {phase:8.3f} s of {update:.2f} s: {phase / update:.1%}   target: at most 5 %")
     print(f"memory               {held / n:8.1f} B a parameter, in host memory by --offload-importance   target: at most 6")
     print(f"communicated         {sent / 2**20:8.2f} MiB a phase   target: at most 1 MB (0.95 MiB)")

@@ -4,6 +4,7 @@
 
 `sizes` draws assets/scaling.png; the slope is that of log(seconds) against log(size), 1 for linear.
 """
+
 import argparse
 import json
 import math
@@ -25,13 +26,17 @@ SCALES = [1, 2, 4, 8, 16]
 def batch(questions: int, samples: int, length: int) -> list:
     """Rows as step.rows makes them, of equal lengths."""
     draw = random.Random(0)
-    return [(draw.choices(range(10, 4000), k=32), draw.choices(range(10, 4000), k=length), 1.0 if i % 2 else -1.0)
-            for _ in range(questions) for i in range(samples)]
+    return [
+        (draw.choices(range(10, 4000), k=32), draw.choices(range(10, 4000), k=length), 1.0 if i % 2 else -1.0)
+        for _ in range(questions)
+        for i in range(samples)
+    ]
 
 
 def seconds(run, which: str, rows: list, repeats: int) -> float:
     """Median time of an optimizer step on the rows, after one that is not counted."""
     import mifo
+
     found, samples = [], step.responses(run, rows)
     for _ in range(repeats + 1):
         begun = time.perf_counter()
@@ -42,9 +47,13 @@ def seconds(run, which: str, rows: list, repeats: int) -> float:
 
 def sizes(folder: str) -> dict[str, list]:
     """{what: [(size, seconds) over SCALES]} of RL's optimizer step, or SFT's."""
-    plan = {"tokens a response": lambda n: ("rl", batch(2, 8, 31 * n), 4), "questions": lambda n: ("rl", batch(2 * n, 8, 48), 4),
-            "samples a question (G)": lambda n: ("rl", batch(8, 2 * n, 48), 4), "layers": lambda n: ("rl", batch(4, 8, 48), 2 * n),
-            "demonstrations of an SFT step": lambda n: ("sft", batch(16 * n, 1, 48), 4)}
+    plan = {
+        "tokens a response": lambda n: ("rl", batch(2, 8, 31 * n), 4),
+        "questions": lambda n: ("rl", batch(2 * n, 8, 48), 4),
+        "samples a question (G)": lambda n: ("rl", batch(8, 2 * n, 48), 4),
+        "layers": lambda n: ("rl", batch(4, 8, 48), 2 * n),
+        "demonstrations of an SFT step": lambda n: ("sft", batch(16 * n, 1, 48), 4),
+    }
     found = {}
     for what, make in plan.items():
         for n in SCALES:
@@ -71,8 +80,10 @@ def slope(points: list) -> float:
 
 def plot(found: dict[str, list]) -> None:
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, len(found), figsize=(13, 2.8), layout="constrained", sharey=True)
     for axis, (what, points) in zip(axes, found.items()):
         x, y = zip(*points)
@@ -118,7 +129,18 @@ def main() -> None:
         found = {1: [], 2: []}
         for _ in range(args.rounds):
             for world in found:
-                step.launch([__file__, "ranks", "--rows", str(args.rows), "--folder", folder, *([f"--flags={args.flags}"] if world > 1 else [])], world)
+                step.launch(
+                    [
+                        __file__,
+                        "ranks",
+                        "--rows",
+                        str(args.rows),
+                        "--folder",
+                        folder,
+                        *([f"--flags={args.flags}"] if world > 1 else []),
+                    ],
+                    world,
+                )
                 found[world].append(json.loads(Path(folder, "found.json").read_text()))
     print(f"{args.rows} rows; seconds of an optimizer step on one rank and on two; target: at least 1.7 times as fast")
     for which in ("rl", "sft"):

@@ -815,7 +815,8 @@ def main() -> None:
     checking = argparse.ArgumentParser(add_help=False)
     checking.add_argument("--extract", choices=("boxed", "any"), default="boxed",
                           help=r"boxed: the last \boxed{} alone; any: Math-Verify's own search over the response")
-    checking.add_argument("--limit", type=float, default=5.0, help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)")
+    checking.add_argument("--limit", type=float, default=5.0,
+                          help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)")
     checking.add_argument("--require-think", action="store_true", help="the answer must stand after the one </think>")
     grading = sys.argv[1:2] == ["grade"]
     if grading:

@@ -163,9 +163,10 @@ class Config:
 
 
 # What may differ when a run is resumed: how far it goes, what it writes, and what changes rounding and random numbers only.
-MAY_CHANGE = {"recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged", "step_limit",
-              "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound", "micro_tokens", "replicas",
-              "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
+MAY_CHANGE = {
+    "recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged",
+    "step_limit", "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound",
+    "micro_tokens", "replicas", "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
 
 
 class Stopped(Exception):
@@ -886,7 +887,7 @@ class Progress:
         with open(Path(run.cfg.out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
         self.reward = line.get("reward", self.reward)
-        if time.perf_counter() - self.plotted > 60:  # drawing takes longer than a small model's step
+        if time.perf_counter() - self.plotted > 300:  # drawing takes longer than a small model's step
             plot(run.cfg.out)
             self.plotted = time.perf_counter()
         text = (f"{phase.upper():3} reward {self.reward:.2f}  buffer {len(state.buffer)}/{run.cfg.buffer_size}  "
@@ -1282,12 +1283,14 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
 
     held = sharded({
         "weights, float32": 4, "AdamW of RL, two moments": 8 * (cfg.schedule != "sft"),
-        "AdamW of SFT, two moments": 8 * (cfg.schedule != "rl"), "importance map and anchor": 8 * (frozen and not cfg.offload_importance),
+        "AdamW of SFT, two moments": 8 * (cfg.schedule != "rl"),
+        "importance map and anchor": 8 * (frozen and not cfg.offload_importance),
         "reference model, float32": 4 * (cfg.kl_coef > 0)})
     held.append(("allowance", ALLOWANCE, "CUDA context, NCCL, what a sleeping engine keeps: an estimate"))
     training = sharded({"gradients, float32": 4}) + [
         ("gradients not yet reduced, float32", 4 * n * cfg.reduce_once, f"4 B x {n:,} parameters: --reduce-once"),
-        ("mask and importance of one tensor", 5 * vocab * width / shards * frozen, f"(1 + 4) B x {vocab:,} x {width:,} / {shards}"),
+        ("mask and importance of one tensor", 5 * vocab * width / shards * frozen,
+         f"(1 + 4) B x {vocab:,} x {width:,} / {shards}"),
         ("two layers gathered", 4 * layer, f"2 x 2 B x {layer:,}: the one at work and the next"),
         ("a layer's gradients", 6 * layer, f"(2 + 4) B x {layer:,}: bfloat16, and float32 to be reduced"),
         ("embeddings and head gathered", 2 * root, f"2 B x {root:,}"),
@@ -1395,7 +1398,8 @@ def main() -> None:
         print(f"mifo.py: error: rank {run.rank}, step {run.state.step}: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {run.state.step}; --resume goes on from {checkpoints(cfg.out)[-1]}")
+        say(f"stopped by {signal.Signals(stop).name} after step {run.state.step}; "
+            f"--resume goes on from {checkpoints(cfg.out)[-1]}")
         sys.stdout.flush()
         os._exit(128 + stop)
     say("", summary(run), "", f"model: {checkpoints(cfg.out)[-1] / 'model'}   plot: {Path(cfg.out, 'plot.png')}")

@@ -77,7 +77,8 @@ def hostile_answers() -> list[str]:
     found += ["".join(draw.choices(TOKENS, k=draw.randint(1, 40))) for _ in range(150)]
     for _ in range(60):  # slips of the pen
         gold, at = draw.choice(GOLDS), draw.randrange(3)
-        found.append(gold[:at] + draw.choice(TOKENS) * draw.randint(1, 30) + gold[at + draw.randint(1, 3):] + draw.choice(TOKENS))
+        slip = draw.choice(TOKENS) * draw.randint(1, 30)
+        found.append(gold[:at] + slip + gold[at + draw.randint(1, 3):] + draw.choice(TOKENS))
     return list(dict.fromkeys(found))
 
 

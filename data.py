@@ -327,17 +327,20 @@ def _lengths(tokenizer, texts: list[str]) -> list[int]:
 NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
 PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # anything else is shown to the checker
 BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
+COUNTED_CHARS = 1 << 24  # of demonstrations whose tokens are counted at load: seconds; beyond that, when first asked for
 
 
 class Questions(Sequence):
     """Questions read and tokenised when they are asked for: memory holds the row numbers of those kept, no text.
 
+    In large data the lengths of most demonstrations are not known before: open counts the rows of which that is so. One that
+    proves too long is None, for that row's question remains of use to RL.
     dropped: {reason: count}; dropped_rows: {reason: row numbers}; rows count from 0. fingerprint names this very choice
     of rows, so ranks (which may read different caches) can compare it. Made by load_questions.
     """
 
-    def __init__(self, rows, read, tokenizer, system, generation_prefix, template):
-        self.rows, self.read, self.tokenizer = rows, read, tokenizer
+    def __init__(self, rows, read, tokenizer, max_response, system, generation_prefix, template):
+        self.rows, self.read, self.tokenizer, self.max_response, self.open = rows, read, tokenizer, max_response, 0
         self.style = (system, generation_prefix, template)
         self.kept, self.bare, self.repeated, self.dropped_rows, self.fingerprint = [], set(), set(), {}, ""
 
@@ -353,10 +356,12 @@ class Questions(Sequence):
             before = prompt_text(self.tokenizer, messages, *self.style)
             text = response_text(self.tokenizer, demonstration, before, self.style[1])
             tokens = _encode(self.tokenizer, [text])[0] + [self.tokenizer.eos_token_id]
+            if len(tokens) > self.max_response:
+                tokens = None
         return Question(id=self._id(i, row) + (f"#{i}" if i in self.repeated else ""), answer=gold, kind=kind,
                         prompt=render_prompt(self.tokenizer, messages, *self.style), demonstration=tokens,
                         level=_text(row.get("level")) or _text(row.get("subject")),
-                        behavior_logprobs=row.get("behavior_logprobs") if demonstration else None)
+                        behavior_logprobs=row.get("behavior_logprobs") if tokens else None)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -364,23 +369,24 @@ class Questions(Sequence):
 
     def report(self) -> str:
         faults = ", ".join(f"{len(rows)} {reason} (first: row {rows[0]})" for reason, rows in self.dropped_rows.items())
-        return f"{len(self)} of {len(self.rows)} questions kept" + (f"; dropped: {faults}" if faults else "")
+        later = f"; of {self.open} demonstrations the tokens are counted when they are first used" if self.open else ""
+        return f"{len(self)} of {len(self.rows)} questions kept" + (f"; dropped: {faults}" if faults else "") + later
 
     @staticmethod
     def _id(i: int, row: dict) -> str:
         return _text(row.get("unique_id")) or str(i)
 
-    def _screen(self, max_prompt: int, max_response: int, checker) -> dict:
+    def _screen(self, max_prompt: int, checker) -> dict:
         """Every row once, in batches: {kept, bare (places among them without a demonstration), repeated (row numbers whose
-        own id had been taken), dropped}."""
-        found = {"kept": [], "bare": [], "repeated": [], "dropped": {}}
+        own id had been taken), dropped, open}."""
+        found, self.open, self.to_count = {"kept": [], "bare": [], "repeated": [], "dropped": {}}, 0, COUNTED_CHARS
         ids, gold_passes, batch, size = set(), {}, [], 0
         for i, row in enumerate(tqdm(self.rows, desc="checking questions", unit="row", disable=None)):
             batch.append((i, row, *self.read(row)))
             size += len(batch[-1][4])
             if size < BATCH_CHARS and len(batch) < 512 and i + 1 < len(self.rows):
                 continue
-            faults = self._faults(batch, max_prompt, max_response, checker, gold_passes)
+            faults = self._faults(batch, max_prompt, checker, gold_passes)
             for (i, row, _, _, demonstration, _), fault in zip(batch, faults):
                 if fault:
                     found["dropped"].setdefault(fault, []).append(i)
@@ -392,9 +398,9 @@ class Questions(Sequence):
                     found["repeated"].append(i)
                 ids.add(self._id(i, row))
             batch, size = [], 0
-        return found
+        return found | {"open": self.open}
 
-    def _faults(self, batch: list, max_prompt: int, max_response: int, checker, gold_passes: dict) -> list[str]:
+    def _faults(self, batch: list, max_prompt: int, checker, gold_passes: dict) -> list[str]:
         """Why each of the batch's rows is dropped; "" if it is kept. Cheap tests come first, the checker last."""
         prompts, responses = [""] * len(batch), [""] * len(batch)
         faults = [""] * len(batch)
@@ -414,9 +420,9 @@ class Questions(Sequence):
                     elif not self._logprobs_match(row, responses[b]):
                         faults[b] = "behavior_logprobs are not one number for each demonstration token"
         for texts, limit, fault in ((prompts, max_prompt - len(_bos(self.tokenizer, self.style[2])), "prompt too long"),
-                                    (responses, max_response - 1, "demonstration too long")):
+                                    (responses, self.max_response - 1, "demonstration too long")):
             todo = [b for b in range(len(batch)) if not faults[b]]
-            for b, long in zip(todo, self._too_long([texts[b] for b in todo], limit)):
+            for b, long in zip(todo, self._too_long([texts[b] for b in todo], limit, texts is responses)):
                 faults[b] = fault if long else ""
         if checker is None:
             return faults
@@ -433,13 +439,20 @@ class Questions(Sequence):
                 faults[b] = "demonstration does not verify against its gold answer"
         return faults
 
-    def _too_long(self, texts: list[str], limit: int) -> list[bool]:
-        """Whether each text has more than limit tokens; only what its length leaves open is tokenised.
+    def _too_long(self, texts: list[str], limit: int, bounded: bool) -> list[bool]:
+        """Whether each text has more than limit tokens; only what its length leaves open is tokenised, and if that is
+        bounded, no more than self.to_count characters of it: what lies beyond passes.
 
         No tokenizer makes more tokens of ASCII text than it has characters (and a leading space), and none gets by on
         one token for 128 characters of a whole text.
         """
         least = [0 if t.isascii() and len(t) < limit else limit + 1 if len(t) > 128 * limit else None for t in texts]
+        unknown = [k for k, n in enumerate(least) if n is None]
+        for k in unknown if bounded else ():
+            if self.to_count < len(texts[k]):
+                least[k] = 0
+                self.open += 1
+            self.to_count -= len(texts[k])
         lengths = iter(_lengths(self.tokenizer, [t for t, n in zip(texts, least) if n is None]))
         return [(next(lengths) if n is None else n) > limit for n in least]
 
@@ -460,7 +473,8 @@ def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int
 
     max_prompt and max_response in tokens, end-of-text included. checker is an eval.Checker (check, check_golds,
     extract, require_think); without it no answer is verified. A row is dropped for whatever is wrong with it, its
-    demonstration included; a row that has no demonstration is kept. The outcome is remembered in cache_dir (by data,
+    demonstration included; a row that has no demonstration is kept. (In large data a demonstration that is too long may only
+    be found so when it is asked for: Questions.) The outcome is remembered in cache_dir (by data,
     tokenizer, settings and this file's text), so only the first load checks: on many ranks, load on rank 0, wait, then
     load on the others with the same arguments. Raises ValueError, one line, if nothing is left.
     """
@@ -468,7 +482,7 @@ def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int
         raise ValueError("the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end")
     rows = load_rows(source, split, config, revision, cache_dir)
     read = row_reader(rows, source, question_field, answer_field, solution_field)
-    questions = Questions(rows, read, tokenizer, system, generation_prefix, template)
+    questions = Questions(rows, read, tokenizer, max_response, system, generation_prefix, template)
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     key = _digest(rows.fingerprint if isinstance(rows, JsonRows) else rows._fingerprint, question_field, answer_field,
                   solution_field, vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token,
@@ -476,10 +490,10 @@ def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int
                   checker and (checker.extract, checker.require_think, importlib.metadata.version("math-verify")))
 
     def screen(part):
-        part.write_text(json.dumps(questions._screen(max_prompt, max_response, checker)))
+        part.write_text(json.dumps(questions._screen(max_prompt, checker)))
 
     found = json.loads(_cached(cache_dir, f"questions-{key}.json", screen).read_text())
-    questions.kept, questions.dropped_rows = found["kept"], found["dropped"]
+    questions.kept, questions.dropped_rows, questions.open = found["kept"], found["dropped"], found["open"]
     questions.bare, questions.repeated = set(found["bare"]), set(found["repeated"])
     questions.fingerprint = _digest(key, questions.kept)
     if not questions.kept:
@@ -494,7 +508,7 @@ def system_prompt(questions: "Questions") -> str | None:
 
 
 def demonstrated(questions: Sequence[Question]) -> list[int]:
-    """The places of the questions that have a demonstration, found without tokenising any."""
+    """The places of the questions that have a demonstration, found without tokenising any: it may prove too long."""
     if isinstance(questions, Questions):
         return [i for i in range(len(questions)) if i not in questions.bare]
     return [i for i, question in enumerate(questions) if question.demonstration is not None]

@@ -617,11 +617,14 @@ def sft_step(run: Run) -> None:
     if run.sampler is not None:
         run.sampler.sleep()
     set_sft_lr(run)
-    places, sums, suspects = state.sft_queue.pop(0), Counter(), []
+    places, sums, suspects = state.sft_queue.pop(0), Counter(loss=0.0), []
     with run.timed("sft"):
         questions = gather(run, [run.questions[place] for place in places[run.rank :: run.world]])  # tokenised in shares
+        known = [(place, q) for place, q in zip(places, questions) if q.demonstration is not None]  # the others are too long
+        run.log["sft/too_long"] = len(questions) - len(known)
+        questions = [q for _, q in known]
         pairs = [(q.prompt, q.demonstration) for q in questions]
-        behavior = [run.behavior.of(place, q) if run.behavior else None for place, q in zip(places, questions)]
+        behavior = [run.behavior.of(place, q) if run.behavior else None for place, q in known]
         divisor = sum(losses.top_entropy_count(len(response), cfg.rho) for _, response in pairs)
         for part in micro_batches(run, pairs, behavior=behavior):
             logprobs, entropy = run.policy(part["tokens"], part["mask"], 1.0)  # [B, T-1]
@@ -702,7 +705,7 @@ def find_behavior(run: Run) -> None:
         for i in range(0, len(todo), 64 * run.world):
             places = todo[i : i + 64 * run.world]
             questions = gather(run, [run.questions[place] for place in places[run.rank :: run.world]])
-            missing = [(p, q) for p, q in zip(places, questions) if q.behavior_logprobs is None]
+            missing = [(p, q) for p, q in zip(places, questions) if q.demonstration and q.behavior_logprobs is None]
             if missing and model is None:
                 say(f"PEAR: behaviour log-probabilities of {len(todo)} demonstrations by {meta['model']}")
                 mesh = run.mesh if cfg.replicas > 1 else run.mesh["shard"]

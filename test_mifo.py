@@ -1716,6 +1716,23 @@ def test_data_long_line(data_tok, tmp_path):
     assert q.dropped == {"demonstration too long": 2, "prompt too long": 1} and len(q) == 1
 
 
+def test_data_counts_tokens_at_first_use_beyond_a_bound(data_tok, tmp_path, monkeypatch):
+    solutions = ["\u20ac" * n + "\\boxed{5}" for n in (10, 60, 10, 60, 50_000)] + ["\\boxed{5}"]
+    rows = [{"problem": f"p{i}", "answer": "5", "solution": s} for i, s in enumerate(solutions)] + [{"problem": "q", "answer": "5"}]
+    length = len(data._encode(data_tok, [solutions[0]])[0]) + 1
+    limit = length + 20
+    assert len(data._encode(data_tok, [solutions[1]])[0]) > limit  # as the last but one, which its characters alone tell
+    exact = data_load(rows, data_tok, tmp_path, max_response=limit, checker=data_Check())
+    assert exact.open == 0 and exact.dropped == {"demonstration too long": 3} and len(exact) == 4
+    monkeypatch.setattr(data, "COUNTED_CHARS", len(solutions[0]) + len(solutions[1]))
+    (tmp_path / "later").mkdir()
+    later = data_load(rows, data_tok, tmp_path / "later", max_response=limit, checker=data_Check())
+    assert later.dropped_rows["demonstration too long"][0] == 1 and "of 2 demonstrations" in later.report() and later.open == 2
+    found = {q.id: q.demonstration for q in later}
+    assert found["0"] == exact[0].demonstration and len(found["2"]) == length and found["3"] is None and found["6"] is None
+    assert data.demonstrated(later) == [k for k, i in enumerate(later.kept) if i != 6]
+
+
 def test_data_gsm8k_and_math500(data_tok, tmp_path):
     if not DATA_SHARED:
         pytest.skip("../shared/data is not here")
@@ -2915,6 +2932,15 @@ def loop_job(folder: str) -> None:
     mifo.begin_sft_phase(run, [0])
     found["threshold"] = run.state.threshold, run.log["sft/frozen_share"]
 
+    # a demonstration that proves too long is left out of its step
+    for name, places in (("with", range(6)), ("without", (0, 1, 2, 4, 5))):
+        run = loop_run(mifo, folder / f"long-{name}", ["--schedule", "sft", "--sft-batch", 6])
+        run.questions[3] = dataclasses.replace(run.questions[3], demonstration=None)
+        mifo.begin_sft_phase(run, [])
+        run.state.sft_queue = [list(places)]
+        mifo.sft_step(run)
+        found[f"too long {name}"] = [loop_full(p) for p in run.policy.parameters()], run.log["sft/too_long"]
+
     mifo.train(loop_run(mifo, folder / "loop", []))  # MIFO itself
     for name in LOOP_PRESETS if world == 1 else LOOP_PRESETS_2:
         out = folder / f"preset-{name}"
@@ -3199,6 +3225,14 @@ def test_killed_and_resumed_through_vllm(loop_vllm_folder):
 
 def test_killed_and_resumed_on_two_ranks(tmp_path):
     loop_resume(tmp_path, 2, [])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_demonstrations_that_prove_too_long_are_left_out(loop_found, world):
+    for rank in loop_found[world]:
+        (a, left_out), (b, none) = rank["too long with"], rank["too long without"]
+        assert (left_out, none) == (1, 0)
+        assert all(torch.allclose(x, y, rtol=0, atol=1e-7) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(("before", "after", "out"), [(1, 2, "two/grown"), (2, 1, "one/shrunk")])

@@ -3,8 +3,8 @@
     python benchmarks/loading.py --rows 46000 --format jsonl
 
 Writes rows in the layout of OpenR1-Math-46k (8,000 tokens of made-up reasoning each, every fourth gold answer no plain
-number) to --dir, measures in fresh processes, and deletes them. The first load counts every demonstration's tokens, on
-all cores, unless --max-response is above --chars. `anonymous` is the process's own memory, without the pages of
+number) to --dir, measures in fresh processes, and deletes them. The first load counts the tokens of as many
+demonstrations as data.COUNTED_CHARS says, unless --max-response is above --chars. `anonymous` is the process's own memory, without the pages of
 memory-mapped files.
 """
 import argparse

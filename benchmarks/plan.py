@@ -46,8 +46,10 @@ def main() -> None:
             tokens = responses * (args.tokens + PROMPT)  # that this GPU trains on
             flops = tokens * 8 * n + 4 * tokens * args.tokens * width * layers  # forward twice, backward; attention
             link = NVLINK if shards <= NODE else NETWORK
-            gathered = (4 * n * math.ceil(tokens / MICRO) + 4 * n) * (shards - 1) / shards  # bf16, twice; float32 gradients, once
-            between = 8 * n / shards * (replicas - 1) / replicas  # a ring's all-reduce of this rank's float32 gradients
+            micro_batches = math.ceil(tokens / MICRO)
+            # A micro-batch gathers bfloat16 weights twice and reduces float32 gradients once; copies all-reduce theirs in a ring.
+            gathered = 8 * n * micro_batches * (shards - 1) / shards
+            between = 8 * n / shards * (replicas - 1) / replicas * micro_batches
             cache = 4 * layers * kv * width // heads  # bytes of a token's keys and values
             read = 8192 * 2 * n + responses * args.tokens**2 / 2 * cache  # weights at each of the longest response's tokens
             print(f"| {name} | {world} | {questions} | {replicas} | {share} | {plan['TRAINING']:.0f} | {plan['SAMPLING']:.0f} | "

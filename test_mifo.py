@@ -1705,9 +1705,9 @@ def test_data_fuzzed_parquet(data_tok, tmp_path, seed):
 
 
 def test_data_long_line(data_tok, tmp_path):
-    """A 20 MB line costs no tokenising, and a text in the tokenizer's worst case none beyond the limit's reach."""
+    """A 100 MB line costs no tokenising, and a text in the tokenizer's worst case none beyond the limit's reach."""
     rows = [
-        {"problem": "p", "answer": "5", "solution": "a" * 20_000_000 + "\\boxed{5}"},
+        {"problem": "p", "answer": "5", "solution": "a" * 100_000_000 + "\\boxed{5}"},
         {"problem": "\u20ac" * 7_000_000, "answer": "5"},
         {"problem": "p", "answer": "5", "solution": "\\boxed{" * 1_000_000},
         {"problem": "p", "answer": "5"},

@@ -98,12 +98,12 @@ def memory_mb(pid) -> float:
 
 
 def ordinary(i: int) -> tuple[str, str, str]:
-    """(response, gold, verdict): never the same twice, half of them right, none of which plain comparison can settle."""
+    """(response, gold, verdict): never the same twice, half of them right, none of which plain comparison can settle; one in
+    21 of a kind that takes SymPy ten times as long."""
     a, b, right = i, i % 97 + 2, i % 2 == 0
-    forms = [(rf"\frac{{{a}}}{{{b}}} + 1", rf"\frac{{{a + b + (not right)}}}{{{b}}}"), (rf"{a}+{b}", str(a + b + (not right))),
-             (rf"x^2 - {a}x + {b}", rf"{b} + x^2 - {a + (not right)}x"), (rf"({a}, {b})",
-             rf"\left({a + (not right)}, {b}\right)")]
-    answer, gold = forms[i // 2 % 4]
+    sums = [(rf"\frac{{{a}}}{{{b}}} + 1", rf"\frac{{{a + b + (not right)}}}{{{b}}}"), (rf"{a}+{b}", str(a + b + (not right)))]
+    slow = [(rf"x^2 - {a}x + {b}", rf"{b} + x^2 - {a + (not right)}x"), (rf"({a}, {b})", rf"\left({a + (not right)}, {b}\right)")]
+    answer, gold = (20 * sums + slow)[i // 2 % 42]
     return f"So \\boxed{{{answer}}}", gold, "correct" if right else "wrong"
 
 

@@ -15,14 +15,9 @@ import data  # noqa: F401  before transformers: it hides packages that break its
 import rollout
 import torch
 import transformers
+from rollouts import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
-SHAPES = {"0.8M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-                   "intermediate_size": 384, "vocab_size": 64},
-          "25M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
-                  "intermediate_size": 1408, "vocab_size": 4096},
-          "150M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2,
-                   "intermediate_size": 3072, "vocab_size": 65536}}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--repeats", type=int, default=7)
 parser.add_argument("--model", default="25M", choices=SHAPES)

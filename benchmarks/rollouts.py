@@ -19,6 +19,12 @@ import torch
 import transformers
 
 N, TOKENS = 2, 64
+SHAPES = {"0.8M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+                   "intermediate_size": 384, "vocab_size": 64},
+          "25M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
+                  "intermediate_size": 1408, "vocab_size": 4096},
+          "150M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2,
+                   "intermediate_size": 3072, "vocab_size": 65536}}
 
 
 def main() -> None:
@@ -26,9 +32,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-                                      intermediate_size=1408, vocab_size=4096, tie_word_embeddings=True, initializer_range=0.05,
-                                      max_position_embeddings=512)
+    config = transformers.Qwen2Config(tie_word_embeddings=True, initializer_range=0.05, max_position_embeddings=512,
+                                      **SHAPES["25M"])
     prompts = [torch.randint(4000, (4 + i % 29,)).tolist() for i in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         transformers.Qwen2ForCausalLM(config).save_pretrained(folder)

@@ -15,18 +15,15 @@ import data  # noqa: F401  before transformers: it hides packages that break its
 import rollout
 import torch
 import transformers
+from rollouts import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
 
-SHAPES = {"0.8M": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-                   "intermediate_size": 384, "vocab_size": 64},
-          "25M": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
-                  "intermediate_size": 1408, "vocab_size": 4096}}
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--repeats", type=int, default=3)
 parser.add_argument("--tokens", type=int, default=256)
 parser.add_argument("--rows", type=int, nargs="+", default=[64, 256])
-parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=SHAPES)
+parser.add_argument("--models", nargs="+", default=["0.8M", "25M"], choices=SHAPES)
 args = parser.parse_args()
 
 print(f"{'model':>6} {'rows':>4} {'ends':>6} {'mean length':>11} {'generate/s':>10} {'ours/s':>8} {'ratio':>6}  to reach 2.00")

@@ -440,6 +440,13 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
         run.log["sft/frozen_movement"] = total(run, {"max/moved": moved})["max/moved"]
 
 
+def not_finite(ids: list[str], logprobs: Tensor, loss: float) -> list[str]:
+    """Those of a micro-batch's questions whose log-probabilities [B, T-1] made its loss infinite or NaN."""
+    if math.isfinite(loss):
+        return []
+    return [i for i, row in zip(ids, logprobs) if not row.isfinite().all()]
+
+
 def skip_step(run: Run, loss: float, suspects: list[str]) -> None:
     """Counts and reports a step that is not taken; raises Stopped if it is the last of too many in a row."""
     state = run.state
@@ -570,8 +577,7 @@ def rl_update(run: Run, batch: list[Response]) -> None:
             logprobs, old, advantages, mask, cfg.clip_low, cfg.clip_high, cfg.aggregation == "sequence",
             reference, cfg.kl_coef, part["rollout"], cfg.tis_cap)
         (loss * run.world / divisor).backward()  # FSDP averages the gradients over the ranks
-        if not math.isfinite(loss.item()):
-            suspects += [rows[i].question.id for i, row in zip(part["rows"], logprobs) if not row.isfinite().all()]
+        suspects += not_finite([rows[i].question.id for i in part["rows"]], logprobs, loss.item())
         gap = (old - part["rollout"]).masked_fill(~mask, 0.0).abs()
         for key, value in {**metrics, "loss": loss.detach(), "entropy": entropy.sum(), "gap": gap.sum(),
                            "tokens": mask.sum()}.items():
@@ -637,8 +643,7 @@ def sft_step(run: Run) -> None:
             loss = losses.sft_loss(logprobs, losses.top_entropy_mask(entropy, part["mask"], cfg.rho), weights)
             (loss * run.world / divisor).backward()
             sums["loss"] += loss.item() / divisor
-            if not math.isfinite(loss.item()):
-                suspects += [questions[i].id for i, row in zip(part["rows"], logprobs) if not row.isfinite().all()]
+            suspects += not_finite([questions[i].id for i in part["rows"]], logprobs, loss.item())
         sums = total(run, sums)
         optimizer_step(run, "sft", cfg.sft_clip, sums["loss"], suspects)
     run.log |= {f"sft/{key}": value for key, value in sums.items()}
@@ -710,7 +715,8 @@ def find_behavior(run: Run) -> None:
                 say(f"PEAR: behaviour log-probabilities of {len(todo)} demonstrations by {meta['model']}")
                 mesh = run.mesh if cfg.replicas > 1 else run.mesh["shard"]
                 model = run.policy if not cfg.behavior_model else load_policy(
-                    cfg, cfg.behavior_model, open_behavior_model(cfg, run.tokenizer), mesh, run.dtype)
+                    cfg, cfg.behavior_model, transformers.AutoConfig.from_pretrained(
+                        cfg.behavior_model, trust_remote_code=cfg.trust_remote_code), mesh, run.dtype)
             for part in micro_batches(run, [(q.prompt, q.demonstration) for _, q in missing]) if missing else ():
                 logprobs, _ = model(part["tokens"], part["mask"], 1.0)
                 for row, values in zip(part["rows"], (lp[m] for lp, m in zip(logprobs, part["mask"]))):
@@ -723,17 +729,16 @@ def find_behavior(run: Run) -> None:
     run.behavior = BehaviorLogprobs(folder)
 
 
-def open_behavior_model(cfg: Config, policy_tokenizer):
-    """Its configuration. Raises ValueError if its tokenizer is another than the policy's: nothing could be compared by token."""
+def check_behavior_model(cfg: Config, policy_tokenizer) -> None:
+    """Raises ValueError if it cannot be found or its tokenizer is another than the policy's: nothing could be compared by token."""
     name = cfg.behavior_model
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        transformers.AutoConfig.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"--behavior-model {name}: not a model's folder or Hub id: {str(error).splitlines()[0]}") from None
     if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
         raise ValueError(f"--behavior-model {name} has another tokenizer than --model; PEAR compares the two token by token")
-    return config
 
 
 def set_anchor(run: Run) -> None:
@@ -1012,21 +1017,23 @@ def save_checkpoint(run: Run) -> None:
                 part.mkdir(parents=True)
         whole = {name: tensor.cpu() for name, tensor in full_weights(run.policy, run.dtype) if run.rank == 0}
         shard, shards = run.mesh.get_local_rank("shard"), run.mesh["shard"].size()
-        sums = {}
+        written, sums = [], []
         with together(run):
             if run.mesh.get_local_rank("replica") == 0:
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in shard_tensors(run).items()}
-                file = part / f"shard-{shard:05d}-of-{shards:05d}.safetensors"
-                save_file(tensors | {"rng": torch.get_rng_state()}, file)
-                sums[file.name] = digest(file)
+                written.append(part / f"shard-{shard:05d}-of-{shards:05d}.safetensors")
+                save_file(tensors | {"rng": torch.get_rng_state()}, written[0])
             if run.rank == 0:
                 run.policy.model.save_pretrained(part / "model", state_dict=whole)
                 run.tokenizer.save_pretrained(part / "model")
                 (part / "state.json").write_text(json.dumps({
                     "state": asdict(run.state), "config": asdict(cfg), "shards": shards,
                     "data": getattr(run.questions, "fingerprint", "")}))
-                sums |= {str(file.relative_to(part)): digest(file) for file in (part / "state.json", *part.glob("model/*"))}
-        sums = [f"{value}  {name}\n" for item in gather(run, [sums]) for name, value in item.items()]
+                written += [part / "state.json", *part.glob("model/*")]
+            for file in written:
+                sync(file)
+                sums.append(f"{digest(file)}  {file.relative_to(part)}\n")
+        sums = gather(run, ["".join(sums)])
         with together(run):
             if run.rank == 0:
                 (part / "SHA256SUMS").write_text("".join(sums))
@@ -1073,7 +1080,6 @@ def sync(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    sync(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1211,7 +1217,7 @@ def open_model(cfg: Config, rank: int):
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {model_dir}: not a model's folder or Hub id: {str(error).splitlines()[0]}") from None
     if cfg.behavior_model:
-        open_behavior_model(cfg, tokenizer)
+        check_behavior_model(cfg, tokenizer)
     return model_dir, config, tokenizer, edit_config(cfg, config)
 
 
@@ -1250,9 +1256,10 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     revision=cfg.revision or None)
             dist.barrier()
         say(f"{cfg.data}: {questions.report()}")
-    if not data.demonstrated(questions) and cfg.schedule != "rl":
+    most = len(data.demonstrated(questions))
+    if not most and cfg.schedule != "rl":
         raise ValueError(f"--schedule {cfg.schedule} needs demonstrations, and no question of --data {cfg.data} has one")
-    if cfg.schedule == "interleave" and cfg.buffer_size > (most := len(data.demonstrated(questions))):
+    if cfg.schedule == "interleave" and cfg.buffer_size > most:
         raise ValueError(f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a demonstration")
     system = data.system_prompt(questions) if cfg.data and cfg.system == "data" else None if cfg.system == "none" else cfg.system
     return questions, {name: evaluation.load_questions(name, tokenizer, system, cfg.generation_prefix)

@@ -37,7 +37,7 @@ class Question:
     answer: str  # the gold answer
     demonstration: list[int] | None  # token ids of an expert's response with its end-of-text token; None: there is none
     level: str = ""  # difficulty or category, for reports
-    kind: str = "math"  # how an answer is checked: math | number | choice | chain
+    kind: str = "math"  # how an answer is checked: math | number | choice | countdown | chain
     behavior_logprobs: list[float] | None = None  # of the demonstration's tokens, under the model that wrote it
 
 
@@ -203,6 +203,7 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
     Fields given by name come first; else the columns decide: `prompt` and `reward_model` (`target` optional) are chat
     messages as in OpenR1-Math-46k; `problem` or `question`, and `answer` (`solution` optional), are MATH and its like.
     Where answers end in `#### N` they are worked solutions (GSM8K): gold is N without commas, the answer demonstrates.
+    A column `kind` says how the answer of a row is checked (KINDS); else it is number for worked solutions, or math.
     Raises ValueError with the columns found.
     """
     columns = list(rows.column_names)
@@ -227,8 +228,8 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
         answer, solution = _text(row.get(answer_field)), _text(row.get(solution_field))
         messages = _messages(_text(row.get(question_field)))
         if not worked:
-            return messages, answer.strip(), solution, "math"
-        return messages, _after_hashes(answer), solution or answer, "number"
+            return messages, answer.strip(), solution, _text(row.get("kind")) or "math"
+        return messages, _after_hashes(answer), solution or answer, _text(row.get("kind")) or "number"
 
     return read
 
@@ -324,6 +325,7 @@ def _lengths(tokenizer, texts: list[str]) -> list[int]:
 # Questions
 
 
+KINDS = ("math", "number", "choice", "countdown")  # of the answers in files and Hub datasets, as eval.py checks them
 NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
 PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # anything else is shown to the checker
 BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
@@ -409,6 +411,8 @@ class Questions(Sequence):
                 faults[b] = "no question"
             elif not gold:
                 faults[b] = "no gold answer"
+            elif kind not in KINDS:
+                faults[b] = f"kind is none of {', '.join(KINDS)}"
             elif kind == "number" and not NUMBER.fullmatch(gold):
                 faults[b] = "gold answer cannot be parsed"
             else:
@@ -564,28 +568,33 @@ def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int)
     return questions
 
 
-def make_base(folder: Path, seed: int, say=print) -> None:
-    """Trains the embedded task's base model from random weights and saves it with its tokenizer (about a minute on 2 cores).
+def base_chain(rng: random.Random) -> tuple[str, str]:
+    """(question, worked answer) as the base model reads them: three in ten in the expert's style, long chains wrong."""
+    wrong = rng.random() < WRONG_SHARE
+    question, work, _ = chain(rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong)
+    return question, work
 
-    A Qwen2 of 0.5 M parameters learns chains of 2 to 5 terms from worked answers, and random sums for longer ones; three
-    in ten are in the expert's style.
+
+def make_base(folder: Path, seed: int, tokenizer, example: Callable[[random.Random], tuple[str, str]], steps: int = BASE_STEPS,
+              say=print) -> None:
+    """Trains a base model from random weights on (question, worked answer) examples, and saves it with its tokenizer.
+
+    A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"base-{seed}")
-    tokenizer = embedded_tokenizer()
     model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), BASE_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start = time.perf_counter()
-    for step in range(BASE_STEPS):
-        warm, left = (step + 1) / 50, (BASE_STEPS - step) / BASE_STEPS
+    for step in range(steps):
+        warm, left = (step + 1) / 50, (steps - step) / steps
         optimizer.param_groups[0]["lr"] = BASE_LR * min(1.0, warm, 2 * left)
         rows = []
         for _ in range(BASE_BATCH):
-            wrong = rng.random() < WRONG_SHARE
-            question, work, _ = chain(rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong)
+            question, work = example(rng)
             rows.append((tokenizer.encode(question), tokenizer.encode(work) + [tokenizer.eos_token_id]))
         batch = collate(rows, tokenizer.pad_token_id)
         hidden = model.model(input_ids=batch["tokens"][:, :-1], use_cache=False).last_hidden_state
@@ -596,7 +605,7 @@ def make_base(folder: Path, seed: int, say=print) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99:
-            say(f"base model: step {step + 1}/{BASE_STEPS}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s")
+            say(f"base model: step {step + 1}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

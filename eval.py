@@ -1,19 +1,22 @@
-"""Checks answers in killable workers; evaluates a model on benchmarks; grades responses that came from elsewhere.
+"""Checks answers in killable workers; evaluates a model on benchmarks; grades responses from elsewhere; compares runs.
 
     python eval.py MODEL --bench aime24,aime25,amc,olympiad,math500,mmlu_pro          # the paper's table, one row of it
     torchrun --standalone --nproc-per-node 8 eval.py MODEL --bench math500 --k 4      # questions split over the ranks
     python eval.py MODEL --bench my.jsonl --out DIR                                   # rows of question and answer
     python eval.py grade FILE.jsonl --extract any                                     # rows of answer and response
+    python eval.py compare RUN RUN ...                                                # folders of mifo.py's runs
 
 An answer is found in a response by string search, here, and compared with the gold answer by Math-Verify, in processes
 that import nothing but this file and Math-Verify, and that are killed and replaced when they take too long.
 """
 import argparse
+import ast
 import datetime
 import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import re
 import select
@@ -29,7 +32,7 @@ from itertools import accumulate
 from pathlib import Path
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout", "error")
-KINDS = ("math", "number", "choice", "chain")
+KINDS = ("math", "number", "choice", "chain", "countdown")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding the answer in a response. Linear in the response's length, all of it, since it runs in the trainer's process.
@@ -98,9 +101,47 @@ def choice_answer(text: str) -> str | None:
 
 
 def chain_answer(text: str) -> str | None:
-    """What the last [...] of the embedded task's worked answer holds."""
+    """What the last [...] holds, which is where the embedded task's worked answers have theirs."""
     start = text.rfind("[", 0, text.rfind("]") + 1)
     return text[start + 1:text.find("]", start)] if start >= 0 else None
+
+
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def expression_value(text: str) -> Fraction | None:
+    """The exact value of + - * / and brackets over whole numbers; None if the text is anything else, or divides by zero.
+
+    The text is parsed, never evaluated.
+    """
+    def value(node) -> Fraction:
+        match node:
+            case ast.Constant(int(number)):
+                return Fraction(number)
+            case ast.BinOp(left, sign, right) if type(sign) in ARITHMETIC:
+                return ARITHMETIC[type(sign)](value(left), value(right))
+        raise ValueError
+
+    if len(text) > 200 or not re.fullmatch(r"[0-9+*/() -]+", text) or nesting(text) > MAX_NESTING:
+        return None
+    try:
+        return value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return None
+
+
+def countdown_verdict(response: str, gold: str) -> str:
+    r"""Of Countdown: the last \boxed{}, else the last [...], must use each number once and have the target as its value.
+
+    gold: the numbers and the target, as `3 5 7 = 22`.
+    """
+    answer = last_boxed(response) or chain_answer(response) or ""
+    value = expression_value(answer)
+    if value is None:
+        return "unparsed"
+    numbers, target = ([int(number) for number in re.findall("[0-9]+", side)] for side in (gold.split("=")))
+    used = sorted(int(number) for number in re.findall("[0-9]+", answer))
+    return "correct" if used == sorted(numbers) and value == target[0] else "wrong"
 
 
 def normalise(answer: str) -> str:
@@ -137,6 +178,8 @@ def settle(response: str, gold: str, kind: str, extract: str, require_think: boo
     if kind in ("chain", "choice"):
         answer = chain_answer(response) if kind == "chain" else choice_answer(response)
         return "unparsed" if answer is None else "correct" if answer == gold.strip() else "wrong"
+    if kind == "countdown":
+        return countdown_verdict(response, gold)
     gold = normalise(gold.rpartition("####")[2])
     if extract == "any":
         return ("any", response, gold) if response.strip() else "unparsed"
@@ -308,7 +351,7 @@ class Checker:
     r"""Verdicts on responses: correct, wrong, unparsed (no answer found or understood), timeout, error.
 
     kinds: math (the last \boxed{}), number (or `#### N`, or the last plain number), choice (A to J), chain (the
-    embedded task's last [...]). Plain equality is settled here; all else goes to Math-Verify in a worker, started when
+    embedded task's last [...]), countdown (an expression, by countdown_verdict). Plain equality is settled here; all else goes to Math-Verify in a worker, started when
     first needed. extract="any" has Math-Verify search whole responses of the kinds math and number. require_think:
     exactly one </think>, and the answer after it; a response without is unparsed.
 
@@ -349,11 +392,12 @@ class Checker:
 
     def check_golds(self, golds: list[str], kinds: list[str]) -> list[str]:
         """`correct` for the gold answers that can be got at all: those that Math-Verify understands and finds equal to
-        themselves, letters A to J, and for chains whatever is not empty."""
+        themselves, letters A to J, `3 5 7 = 22` for countdown, and for chains whatever is not empty."""
         jobs = []
         for gold, kind in zip(golds, kinds, strict=True):
             text = normalise(gold.rpartition("####")[2])
-            good = {"choice": re.fullmatch("[A-J]", text), "chain": text}
+            good = {"choice": re.fullmatch("[A-J]", text), "chain": text,
+                    "countdown": re.fullmatch("[0-9]+( [0-9]+)* = [0-9]+", text)}
             jobs.append(("gold", text, text) if kind not in good and text else
                         "correct" if good.get(kind) else "unparsed")
         verdicts = self._compare(list(dict.fromkeys(job for job in jobs if job not in VERDICTS)))
@@ -678,6 +722,131 @@ def table(results: dict[str, dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs of mifo.py, by their config.json and evaluations.jsonl
+
+# Student's t: 97.5 % of the distribution with 1, 2, 3 .. degrees of freedom lie below these
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
+MEASURES = {"final": "accuracy at the end", "area": "mean accuracy over the RL steps", "forgotten": "forgotten in an SFT phase",
+            "demonstrations": "demonstrations used", "sampled_tokens": "tokens sampled"}
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval by Student's t; NaN for a single value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, math.nan
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, (T[n - 2] if n - 2 < len(T) else 1.96 + 2.5 / (n - 1)) * deviation / math.sqrt(n)
+
+
+def read_run(folder: Path) -> dict:
+    """A run's settings ("config") and measures: MEASURES, sft_phases, "levels" {name: accuracy at the end}, "curve" [(RL step, accuracy)].
+
+    Accuracy is the mean over the benchmarks. area is the curve's mean height by the trapezoid rule; forgotten the mean over
+    the SFT phases of the share of what was right just before a phase that no longer is just after, if both were evaluated
+    (--eval-sft-phases). Either is None where a run has nothing of the kind. Raises ValueError, naming the folder.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        last = lines[-1]
+    except (OSError, ValueError, IndexError) as problem:
+        raise ValueError(f"{folder}: not the folder of a run with evaluations (mifo.py --evaluate): {problem}") from None
+    curve = [(line["rl_steps"], sum(bench["avg"] for bench in line["benches"].values()) / len(line["benches"])) for line in lines]
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(curve, curve[1:]))
+    forgotten = []
+    for before, after in zip(lines, lines[1:]):
+        if before["rl_steps"] == after["rl_steps"] and before["sft_steps"] < after["sft_steps"]:
+            pairs = [pair for name in before["benches"]
+                     for pair in zip(before["benches"][name]["correct"], after["benches"][name]["correct"])]
+            right = sum(b for b, _ in pairs)
+            forgotten += [1 - sum(map(min, pairs)) / right] if right else []
+    levels = {f"{name} {level}" if len(last["benches"]) > 1 else level: accuracy
+              for name, bench in last["benches"].items() for level, accuracy in bench["levels"].items()}
+    return {"config": config, "final": curve[-1][1], "levels": levels if len(levels) > 1 else {}, "curve": curve,
+            "area": area / curve[-1][0] if curve[-1][0] else None,
+            "forgotten": sum(forgotten) / len(forgotten) if forgotten else None,
+            **{key: last[key] for key in ("sft_phases", "demonstrations", "sampled_tokens")}}
+
+
+def labels(configs: list[dict]) -> list[str]:
+    """For each run the settings in which any of them differ, less its seed, its folder, and the seed within a path."""
+    def plain(config: dict) -> dict:
+        seed = re.compile(rf"(?<![0-9]){config['seed']}(?![0-9])")
+        return {key: seed.sub("SEED", value) if isinstance(value, str) else value
+                for key, value in config.items() if key not in ("seed", "out", "resume")}
+
+    rows = [plain(config) for config in configs]
+    differing = [key for key in rows[0] if len({row.get(key) for row in rows}) > 1]
+    return [" ".join(f"--{key.replace('_', '-')} {row.get(key)}" for key in differing) or "all alike" for row in rows]
+
+
+def comparison(groups: dict[str, list[dict]]) -> str:
+    """A Markdown table: a line a group of runs (read_run), mean ± half the 95 % interval over them."""
+    levels = list(dict.fromkeys(level for runs in groups.values() for run in runs for level in run["levels"]))
+    columns = {**{key: [] for key in MEASURES}, **{level: [] for level in levels}}
+    for runs in groups.values():
+        for key, cells in columns.items():
+            values = [run["levels"].get(key) if key in levels else run[key] for run in runs]
+            values = [value for value in values if value is not None]
+            mean, half = interval(values) if values else (math.nan, math.nan)
+            form = ",.0f" if key in ("demonstrations", "sampled_tokens") else ".3f"
+            cells.append("" if math.isnan(mean) else f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}"))
+    head = ["", "runs", *(MEASURES.get(key, f"level {key}") for key in columns)]
+    body = [[name, str(len(runs)), *(cells[i] for cells in columns.values())] for i, (name, runs) in enumerate(groups.items())]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *body]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def draw_comparison(groups: dict[str, list[dict]], path: Path, title: str = "") -> None:
+    """Curves of the mean accuracy with the range of the runs; accuracy at the end and forgetting: each run, mean, interval."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(15, 2.2 + 0.32 * max(6, len(groups))), layout="constrained",
+                                gridspec_kw={"width_ratios": [1.6, 1, 1]})
+    colours = plt.get_cmap("tab20")
+    for i, (name, runs) in enumerate(groups.items()):
+        colour = colours(i % 20)
+        steps = sorted({step for run in runs for step, _ in run["curve"]})
+        latest = [dict(run["curve"]) for run in runs]  # of several evaluations at an RL step, the last
+        steps = [step for step in steps if all(step in run for run in latest)]
+        heights = [[run[step] for run in latest] for step in steps]
+        style = {"color": colour, "linestyle": "-" if i % 2 == 0 else "--", "label": name}
+        axes[0].plot(steps, [sum(h) / len(h) for h in heights], marker="" if len(steps) > 1 else "o", **style)
+        if len(runs) > 1:
+            axes[0].fill_between(steps, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.08)
+        for axis, key in zip(axes[1:], ("final", "forgotten")):
+            values = [run[key] for run in runs if run[key] is not None]
+            if values:
+                mean, half = interval(values)
+                axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
+                axis.errorbar([mean], [i], xerr=[0 if math.isnan(half) else half], fmt="|", color="black", capsize=3, markersize=9)
+    axes[0].set(xlabel="RL step", title="accuracy, mean and range of the runs")
+    axes[1].set(title=MEASURES["final"], yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
+    axes[2].set(title=MEASURES["forgotten"], yticks=range(len(groups)), yticklabels=[], ylim=(len(groups) - 0.5, -0.5))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def command_compare(args) -> None:
+    runs = [read_run(folder) for folder in args.runs]
+    if len({tuple(run["config"]["evaluate"].split(",")) for run in runs}) > 1:
+        raise ValueError("these runs were evaluated on different benchmarks (--evaluate)")
+    groups: dict[str, list[dict]] = {}
+    for run, label in zip(runs, labels([run["config"] for run in runs])):
+        groups.setdefault(label, []).append(run)
+    print(comparison(groups))
+    draw_comparison(groups, args.out)
+    print(f"figure: {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
 def command_grade(args) -> None:
@@ -824,8 +993,14 @@ def main() -> None:
     checking.add_argument("--limit", type=float, default=5.0,
                           help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)")
     checking.add_argument("--require-think", action="store_true", help="the answer must stand after the one </think>")
-    grading = sys.argv[1:2] == ["grade"]
-    if grading:
+    command = sys.argv[1] if sys.argv[1:2] in (["grade"], ["compare"]) else ""
+    if command == "compare":
+        parser = argparse.ArgumentParser(prog="eval.py compare", description=(
+            "Prints a table and draws a figure of finished runs; those that differ in seed alone are one line of it."))
+        parser.add_argument("runs", type=Path, nargs="+", help="folders of mifo.py's runs (--out) with --evaluate")
+        parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the figure [compare.png]")
+        run = command_compare
+    elif command == "grade":
         parser = argparse.ArgumentParser(prog="eval.py grade", parents=[checking], description=(
             "Adds a verdict to rows of answer and response, in FILE.graded.jsonl."))
         parser.add_argument("file", type=Path, help="JSON lines with `answer` (gold) and `response`")
@@ -848,9 +1023,9 @@ def main() -> None:
                             help="auto: the checkpoint's")
         parser.add_argument("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
         run = lambda args: command_evaluate(args, rank, world)  # noqa: E731
-    args = parser.parse_args(sys.argv[2:] if grading else None)
+    args = parser.parse_args(sys.argv[2:] if command else None)
     try:
-        if not args.limit > 0:
+        if command != "compare" and not args.limit > 0:
             raise ValueError(f"--limit must be above 0 seconds, not {args.limit}")
         run(args)
     except ValueError as problem:

@@ -67,7 +67,7 @@ def option(default, meaning: str):
 class Config:
     # the run
     recipe: str = option("", "TOML file of defaults for the flags below; without it and without --model: the embedded task's")
-    out: str = option("runs/default", "folder of the run: metrics.jsonl, samples.jsonl, plot.png, checkpoints, model")
+    out: str = option("runs/default", "folder of the run: metrics.jsonl, samples.jsonl, evaluations.jsonl, plot.png, checkpoints")
     dry_run: int = option(
         0, "ranks to plan for: check everything short of loading weights, print the memory a GPU takes, and exit")
     resume: bool = option(False, "go on after the newest checkpoint in --out")
@@ -78,6 +78,7 @@ class Config:
     save_every: int = option(50, "steps, RL and SFT alike, between checkpoints; one more is written at the end")
     keep: int = option(2, "newest checkpoints kept, beside the one with the best evaluation")
     eval_every: int = option(0, "RL steps between evaluations; 0: only before and after training")
+    eval_sft_phases: bool = option(False, "evaluate just before and just after each SFT phase, too: what does it make forget?")
     samples_logged: int = option(4, "responses written to samples.jsonl at each RL step")
     step_limit: float = option(120.0, "minutes; if a step and its evaluation take longer, each rank prints where it is and the "
                                       "run ends; 0: no limit")
@@ -164,9 +165,9 @@ class Config:
 
 # What may differ when a run is resumed: how far it goes, what it writes, and what changes rounding and random numbers only.
 MAY_CHANGE = {
-    "recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged",
-    "step_limit", "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound",
-    "micro_tokens", "replicas", "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
+    "recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "eval_sft_phases",
+    "samples_logged", "step_limit", "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization",
+    "probe_bound", "micro_tokens", "replicas", "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
 
 
 class Stopped(Exception):
@@ -254,6 +255,7 @@ def check_config(cfg: Config, world: int) -> None:
          f"--sft-schedule {cfg.sft_schedule} is for an SFT stage, which --schedule {cfg.schedule} does not have")
     must(cfg.pear == "off" or cfg.schedule != "rl", f"--pear {cfg.pear} weighs SFT, which --schedule rl does not do")
     must(cfg.eval_every == 0 or bool(cfg.evaluate), f"--eval-every {cfg.eval_every} needs --evaluate: what to evaluate on")
+    must(not cfg.eval_sft_phases or bool(cfg.evaluate), "--eval-sft-phases needs --evaluate: what to evaluate on")
     for name in ("split", "data_config", "revision", "question_field", "answer_field", "solution_field", "system",
                  "generation_prefix", "template"):
         must(bool(cfg.data) or getattr(cfg, name) == getattr(Config, name),
@@ -778,7 +780,8 @@ def train(run: Run) -> int:
                 state.buffer = []
         state.step += 1
         last = not (state.sft_queue or (state.rl_steps < cfg.steps and cfg.schedule != "sft"))
-        if last or (phase == "rl" and cfg.eval_every and state.rl_steps % cfg.eval_every == 0):
+        edge = bool(state.sft_queue) == (phase == "rl")  # of an SFT phase: begins after this step, or ended with it
+        if last or (phase == "rl" and cfg.eval_every and state.rl_steps % cfg.eval_every == 0) or (cfg.eval_sft_phases and edge):
             evaluate(run)
         state.seconds["all"] = state.seconds.get("all", 0.0) + time.perf_counter() - start
         progress.step(phase)
@@ -838,17 +841,20 @@ def check_engine(run: Run, gap: float, where: str) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Samples answers to each benchmark's questions; adds their summaries to the state and to the step's metrics."""
+    """Samples answers to each benchmark's questions; adds their summaries to the state and to evaluations.jsonl."""
     if not run.benches:
         return
     push(run)
-    cfg, results = run.cfg, {}
+    cfg, results, correct = run.cfg, {}, {}
     with run.timed("evaluate"):
         for name, questions in run.benches.items():
             rows = evaluation.evaluate(
                 run.sampler, questions, run.checker, cfg.eval_k, cfg.eval_temperature, cfg.max_response, cfg.seed,
                 lambda tokens: run.tokenizer.decode(tokens, skip_special_tokens=True), run.rank, run.world)
-            results[name] = evaluation.summarize(gather(run, rows))
+            rows = gather(run, rows)
+            results[name] = evaluation.summarize(rows)
+            correct[name] = [row["verdict"].count("correct") for row in rows]
+    log_evaluation(run, results, correct)
     run.state.evals.append({"step": run.state.step, "rl_steps": run.state.rl_steps, "results": results})
     run.log["evaluation/rl_steps"] = run.state.rl_steps
     run.log["evaluation"] = {name: result["avg"] for name, result in results.items()} | {
@@ -875,6 +881,18 @@ def log_responses(run: Run, batch: list[Response], rewards: Tensor) -> None:
                     "prompt": run.tokenizer.decode(response.question.prompt), "response": response.text,
                     "answer": response.question.answer, "verdict": response.verdict,
                     "reward": float(response.verdict == "correct"), "truncated": response.truncated}) + "\n")
+
+
+def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[int]]) -> None:
+    """The line of evaluations.jsonl that eval.py compares runs by; correct: of eval_k answers to each question in turn."""
+    state = run.state
+    if run.rank == 0:
+        benches = {name: {"avg": result["avg"], "levels": {level: part["avg"] for level, part in result["levels"].items()},
+                          "correct": correct[name]} for name, result in results.items()}
+        with open(Path(run.cfg.out, "evaluations.jsonl"), "a" if state.step else "w") as file:
+            file.write(json.dumps({
+                "step": state.step, "rl_steps": state.rl_steps, "sft_steps": state.sft_steps, "sft_phases": state.sft_phases,
+                "demonstrations": len(state.demonstrations), "sampled_tokens": state.sampled_tokens, "benches": benches}) + "\n")
 
 
 class Progress:
@@ -1147,7 +1165,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     if shard < len(files):
         torch.set_rng_state(files[shard].get_tensor("rng"))
     if run.rank == 0:
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
             path = Path(run.cfg.out, name)
             kept = [line for line in path.read_text().splitlines(keepends=True)
                     if line.endswith("\n") and json.loads(line)["step"] <= run.state.step] if path.exists() else []
@@ -1205,7 +1223,7 @@ def open_model(cfg: Config, rank: int):
         if rank == 0:
             say(f"making the embedded task's base model in {model_dir}")
             part = Path(f"{model_dir}.{os.getpid()}.partial")  # another run may be making it too
-            data.make_base(part, cfg.seed, say)
+            data.make_base(part, cfg.seed, data.embedded_tokenizer(), data.base_chain, say=say)
             if Path(model_dir).exists():
                 shutil.rmtree(part)
             else:

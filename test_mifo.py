@@ -27,6 +27,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
+import numpy as np  # noqa: E402
 import pyarrow  # noqa: E402
 import pyarrow.parquet  # noqa: E402
 import pytest  # noqa: E402
@@ -1885,9 +1886,44 @@ def test_eval_rewritten_answers_go_through_math_verify(eval_checker):
     ("[07]", "7", "chain", "wrong"),
     ("3+8=11", "11", "chain", "unparsed"),
     ("]7[", "7", "chain", "unparsed"),
+    # Countdown
+    ("<7-3=4><4+2=6>[7-3+2]", "7 3 2 = 6", "countdown", "correct"),
+    (r"so \boxed{(2 + 3) * 7}", "7 3 2 = 35", "countdown", "correct"),
+    ("[7/2*3]", "7 3 2 = 10", "countdown", "wrong"),  # 10.5
+    ("[8/3*3/8]", "8 8 3 3 = 1", "countdown", "correct"),  # exactly
+    ("[7-3+2-2]", "7 3 2 = 4", "countdown", "wrong"),  # one number twice
+    ("[7-3]", "7 3 2 = 4", "countdown", "wrong"),
+    ("[4+2]", "7 3 2 = 6", "countdown", "wrong"),
+    ("[73-2]", "7 3 2 = 71", "countdown", "wrong"),
+    ("[7-3+2=6]", "7 3 2 = 6", "countdown", "unparsed"),
+    ("[7/(3-3)]", "7 3 3 = 7", "countdown", "unparsed"),
+    ("7-3+2", "7 3 2 = 6", "countdown", "unparsed"),
 ])
 def test_eval_verdicts(eval_checker, response, gold, kind, verdict):
     assert eval_checker.check([response], [gold], [kind]) == [verdict]
+
+
+def test_eval_expression_values():
+    """Against Python's own arithmetic, on expressions made here; whatever is more than that has no value."""
+    rng = random.Random(0)
+
+    def make(depth: int) -> str:
+        if depth == 0 or rng.random() < 0.2:
+            return str(rng.randrange(100))
+        text = rng.choice([" ", ""]).join([make(depth - 1), rng.choice("+-*/"), make(depth - 1)])
+        return f"({text})" if rng.random() < 0.5 else text
+
+    values = []
+    for text in (make(4) for _ in range(300)):
+        try:
+            values.append(eval(re.sub("([0-9]+)", r"Fraction(\1)", text)))
+        except ZeroDivisionError:
+            values.append(None)
+        assert evaluation.expression_value(text) == (values[-1] if len(text) <= 200 else None), text
+    assert sum(value is not None for value in values) > 250
+    for text in ("9**9**9**9", "9//2", "-3", "+3", "007", "3(4)", "1_0", "1e5", "1.5", "(1,2)", "()", "", "1+", "\u0663+1", "1<2",
+                 "1 if 1", "9" * 201, "(" * 90 + "1" + ")" * 90, "(" * 200, "-" * 199 + "1", "1\n+1", "[1]", "__import__('os')"):
+        assert evaluation.expression_value(text) is None, text
 
 
 def test_eval_agrees_with_math_verify(eval_checker):
@@ -1943,7 +1979,7 @@ def test_eval_order_and_kinds(eval_checker):
             "correct" if i == 7 else "wrong" for i in range(150)]
         assert len(checker.pool) == 2
     assert eval_checker.check([], [], []) == []
-    with pytest.raises(ValueError, match="math, number, choice, chain"):
+    with pytest.raises(ValueError, match="math, number, choice, chain, countdown"):
         eval_checker.check(["x"], ["x"], ["essay"])
 
 
@@ -2197,6 +2233,98 @@ def test_eval_hub_layouts(tmp_path, monkeypatch):
         assert question.level == {"math500": "2", "mmlu_pro": "business"}.get(name, "")
     assert prompts["olympiad"] == "c\np"
     assert "\nA. q\n" in prompts["mmlu_pro"] and "\nJ. z\n" in prompts["mmlu_pro"] and "boxed" in prompts["mmlu_pro"]
+
+
+def compare_run(folder: Path, lines: list[tuple], **config) -> Path:
+    """A run's folder as mifo.py leaves it; lines are (rl_steps, sft_steps, answers of bench a, of bench b)."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"evaluate": "a,b", "out": str(folder), **config}))
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps({
+        "step": i, "rl_steps": rl, "sft_steps": sft, "sft_phases": sft // 2, "demonstrations": 3 * sft, "sampled_tokens": 100 * rl,
+        "benches": {name: {"avg": np.mean(right), "levels": {"1": right[0], "2": np.mean(right[1:])}, "correct": right}
+                    for name, right in (("a", a), ("b", b))}}) + "\n" for i, (rl, sft, a, b) in enumerate(lines)))
+    return folder
+
+
+def test_eval_compare(tmp_path, capsys, monkeypatch):
+    lines = [(0, 0, [0, 0, 1], [1, 0]), (4, 0, [1, 1, 1], [1, 0]), (4, 2, [0, 1, 0], [1, 1]), (10, 2, [1, 1, 0], [0, 1]),
+             (10, 4, [1, 0, 0], [0, 0])]
+    run = evaluation.read_run(compare_run(tmp_path / "x", lines, seed=0))
+    heights = [np.mean([np.mean(a), np.mean(b)]) for _, _, a, b in lines]
+    np.testing.assert_allclose(run["curve"], [(rl, height) for (rl, *_), height in zip(lines, heights)])
+    assert run["area"] == pytest.approx(np.trapezoid(heights, [0, 4, 4, 10, 10]) / 10)
+    # four were right before the first phase, of which two were lost; three before the second, which kept one
+    assert run["forgotten"] == pytest.approx((2 / 4 + 2 / 3) / 2)
+    assert run["final"] == heights[-1] and (run["demonstrations"], run["sampled_tokens"], run["sft_phases"]) == (12, 1000, 2)
+    assert run["levels"] == {"a 1": 1, "a 2": 0, "b 1": 0, "b 2": 0}
+    bare = evaluation.read_run(compare_run(tmp_path / "y", lines[:1] * 2, seed=0))
+    assert bare["area"] is None and bare["forgotten"] is None
+    folders = [compare_run(tmp_path / f"{alpha}-{seed}", [*lines, (12, 4, [1, right, 0], [1, 0])], seed=seed, alpha=alpha,
+                           model=f"m/base-{seed}") for alpha, right in ((0.0, 1), (0.9, 0)) for seed in (3, 13)]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "compare", *map(str, folders), "--out", str(tmp_path / "figure.png")])
+    evaluation.main()
+    table = capsys.readouterr().out.splitlines()
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:]] for cells in (line.split("|") for line in table[:-1])}
+    assert rows["--alpha 0.0"][:2] == ["2", "0.583 ± 0.000"] and rows["--alpha 0.9"][:2] == ["2", "0.417 ± 0.000"]
+    assert plt_image(tmp_path / "figure.png")
+    for broken in (tmp_path, compare_run(tmp_path / "z", [], seed=0)):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "compare", str(broken)])
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main()
+        assert stop.value.code == 2 and f"eval.py: {broken}: not the folder of a run" in capsys.readouterr().err
+
+
+def plt_image(path: Path) -> bool:
+    """Whether a PNG shows more than one colour."""
+    from matplotlib import pyplot as plt
+    image = plt.imread(path)
+    return image.shape[0] > 200 and image.std() > 0.01
+
+
+def test_eval_interval_is_students():
+    """The covered share of its density, integrated: 97.5 % below each tabulated value."""
+    for freedom, value in [*enumerate(evaluation.T, 1), (25, 1.96 + 2.5 / 25), (200, 1.96 + 2.5 / 200)]:
+        x = np.linspace(0, value, 200_001)
+        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        assert 0.5 + scale * np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4), freedom
+    mean, half = evaluation.interval([1.0, 2.0, 3.0, 6.0])
+    assert mean == 3 and half == pytest.approx(3.18 * np.std([1, 2, 3, 6], ddof=1) / 2)
+    assert evaluation.interval([1.0])[0] == 1 and math.isnan(evaluation.interval([1.0])[1])
+
+
+def test_countdown_task(monkeypatch):
+    """Its demonstrations are right, and the expert's probability of each is one in the number of right answers."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import countdown
+    rows, tokenizer = countdown.rows("train", 90), countdown.tokenizer()
+    for row in rows:
+        assert evaluation.countdown_verdict(row["solution"], row["answer"]) == "correct"
+        numbers, target = row["answer"].split(" = ")
+        signs = itertools.product("+-", repeat=numbers.count(" "))
+        right = sum(eval("".join(itertools.chain(*zip(numbers.split(), (*s, ""))))) == int(target) for s in signs)
+        assert math.exp(sum(row["behavior_logprobs"])) == pytest.approx(1 / right)
+        assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
+        assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
+    assert not {row["question"] for row in rows} & {row["question"] for row in countdown.rows("eval", 90)}
+    rng = random.Random(0)
+    for _ in range(50):
+        _, work, gold = countdown.example(rng, 4, rng.random() < 0.5, wrong=True)
+        assert evaluation.countdown_verdict(work, gold) == "wrong"
+
+
+def test_data_kind_column(data_tok, tmp_path):
+    rows = [{"question": "1,2=3?", "answer": "1 2 = 3", "solution": "[1+2]", "kind": "countdown"},
+            {"question": "1,2=3?", "answer": "1 2 = 3", "solution": "[2-1]", "kind": "countdown"},
+            {"question": "1,2=3?", "answer": "three", "kind": "countdown"}, {"question": "1,2=3?", "answer": "3", "kind": "chess"},
+            {"question": "x?", "answer": "3"}]
+    (tmp_path / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with evaluation.Checker() as checker:
+        found = data.load_questions(str(tmp_path / "k.jsonl"), data_tok, max_prompt=99, max_response=99, checker=checker,
+                                    cache_dir=tmp_path)
+    assert [q.kind for q in found] == ["countdown", "math"]
+    assert found.dropped_rows == {"demonstration does not verify against its gold answer": [1], "gold answer cannot be parsed": [2],
+                                  "kind is none of math, number, choice, countdown": [3]}
 
 
 def test_eval_grade_command(tmp_path):
@@ -3174,7 +3302,7 @@ def loop_resume(folder: Path, world: int, flags: list[str], samplers="") -> None
 
     def launch(out, kill_at=-1, resume=False, samplers="", expected=(0,)):
         argv = ["mifo.py", "--recipe", str(folder / "empty.toml"), "--out", str(folder / out), *LOOP_FLAGS, "--save-every", "2",
-                "--evaluate", "chain", "--eval-every", "2", *flags, *["--resume"] * resume]
+                "--evaluate", "chain", "--eval-every", "2", "--eval-sft-phases", *flags, *["--resume"] * resume]
         call = f"sys.argv = {argv!r}; t.loop_main({kill_at}, {samplers!r})"
         loop_wait(loop_start(folder, world, f"sys.argv = {argv!r}; " + call), folder, expected)
 
@@ -3200,11 +3328,28 @@ def loop_resume(folder: Path, world: int, flags: list[str], samplers="") -> None
     assert any(key.startswith("rl/exp_avg/") for key in loop_tensors(straight[-1]))
     a, b = loop_state(straight[-1]), loop_state(killed[-1])
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-    assert (folder / "straight" / "samples.jsonl").read_text() == (folder / "killed" / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "evaluations.jsonl"):
+        assert (folder / "straight" / name).read_text() == (folder / "killed" / name).read_text()
+    loop_check_evaluations(folder / "straight")
     metrics = [loop_metrics(folder / out) for out in ("straight", "killed")]
     assert [line["step"] for line in metrics[1]] == list(range(1, len(metrics[0]) + 1))
     for a, b in zip(*metrics):
         assert a == b
+
+
+def loop_check_evaluations(out: Path) -> None:
+    """evaluations.jsonl has one line before the first step, at every second RL step, around each SFT phase and at the end."""
+    metrics, lines = loop_metrics(out), [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    phases = [line["phase"] for line in metrics] + ["end"]
+    edges = {i + 1 for i, pair in enumerate(zip(phases, phases[1:])) if pair in (("rl", "sft"), ("sft", "rl"), ("sft", "end"))}
+    even = {line["step"] for line in metrics if line["phase"] == "rl" and line["rl_steps"] % 2 == 0}
+    assert [line["step"] for line in lines] == sorted({0, len(metrics)} | edges | even) and len(edges) >= 2
+    for line in lines:
+        done = metrics[: line["step"]]
+        assert line["rl_steps"] == sum(m["phase"] == "rl" for m in done)
+        assert line["sft_steps"] == sum(m["phase"] == "sft" for m in done)
+        chain = line["benches"]["chain"]
+        assert chain["avg"] == pytest.approx(sum(chain["correct"]) / len(chain["correct"]))
 
 
 @pytest.fixture(scope="session")

@@ -171,7 +171,11 @@ class _RoomyLayer(transformers.cache_utils.DynamicLayer):
         self._move(lambda held: held.repeat_interleave(repeats, 0), self.rooms[0].shape[2])
 
     def batch_select_indices(self, indices):
-        self._move(lambda held: held[indices], self.rooms[0].shape[2])
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]  # the others stay in place
+        for held in (self.keys, self.values):
+            held[moved] = held[indices[moved]]
+        self.rooms = tuple(room[: len(indices)] for room in self.rooms)
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
 
     def _move(self, change, size):
         held = [change(tensor) for tensor in (self.keys, self.values)]
@@ -211,6 +215,10 @@ class TorchSampler:
             model_dir, config=config, dtype=dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
         if self.model.config._attn_implementation == "sdpa":
             self.model.set_attn_implementation("grouped")
+        if self.device == "cpu" and dtype == torch.float32:  # few rows are multiplied faster by weights stored transposed
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Linear) and module is not self.model.get_output_embeddings():
+                    module.weight.data = module.weight.data.T.contiguous().T
         self.max_len, self.max_num_seqs = max_len, max_num_seqs
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.name = f"torch ({self.device})"
@@ -228,7 +236,7 @@ class TorchSampler:
                 results[i] = samples
         return results
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, prompts, n, seeds, max_tokens, temperature, top_p) -> list[list[Sample]]:
         longest = max(map(len, prompts))
         max_tokens = min(max_tokens, self.max_len - longest)
@@ -245,37 +253,41 @@ class TorchSampler:
         logits = self.model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
                             use_cache=True, logits_to_keep=1).logits[:, -1]  # [len(prompts), V]
         cache.batch_repeat_interleave(n)
-        logits, attention = logits.repeat_interleave(n, 0), attention.repeat_interleave(n, 0)
-        position = positions[:, -1:].repeat_interleave(n, 0)  # [R, 1]
+        logits, position = logits.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)  # [R, V], [R, 1]
+        attention = torch.nn.functional.pad(attention, (0, max_tokens), value=1).repeat_interleave(n, 0)
+        grouped = self.model.config._attn_implementation == "grouped"
+        if self.device == "cpu" and grouped and all(type(layer) is _RoomyLayer for layer in cache.layers):
+            # What is added to the scores, made once: transformers would make it, and SDPA convert it in each layer, anew.
+            attention = (1 - attention)[:, None, None].to(logits.dtype) * torch.finfo(logits.dtype).min  # [R, 1, 1, T]
         # One uniform number a token, drawn from each response's own generator, makes it independent of the batch.
         noise = torch.stack([torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed + j))
                              for seed in seeds for j in range(n)]).to(self.device)  # [R, max_tokens]
         total = len(noise)
         tokens = torch.zeros(total, max_tokens, dtype=torch.int64, device=self.device)
         logprobs = torch.zeros(total, max_tokens, device=self.device)
-        lengths = torch.full((total,), max_tokens, device=self.device)
-        ended = torch.zeros(total, dtype=torch.bool, device=self.device)
         rows = torch.arange(total, device=self.device)  # which responses are still being written
+        done = torch.zeros(total, dtype=torch.bool, device=self.device)  # of these rows, which have ended
+        look = 2 if self.device == "cpu" else 8  # steps: looking costs a wait for the device
         for t in range(max_tokens):
             token, logprob = pick(logits.float(), temperature, top_p, noise[rows, t])
             tokens[rows, t], logprobs[rows, t] = token, logprob
-            stop = torch.isin(token, self.eos) & ~ended[rows]
-            lengths[rows[stop]] = t + 1
-            ended[rows[stop]] = True
-            if t % 8 == 7:  # looking costs a wait for the device
-                alive = (~ended[rows]).nonzero()[:, 0]
-                if len(alive) == 0:
+            done |= torch.isin(token, self.eos)
+            if t % look == look - 1 and done.any():
+                left = (~done).nonzero()[:, 0]
+                if len(left) == 0:
                     break
-                if len(alive) < 0.95 * len(rows):  # dropping them costs a copy of the cache
-                    rows, token, attention, position = rows[alive], token[alive], attention[alive], position[alive]
-                    cache.batch_select_indices(alive)
+                keep = torch.arange(len(left), device=self.device)
+                keep[done[: len(left)]] = left[left >= len(left)]  # the last rows move into the places of those that ended
+                rows, token, attention, position, done = (x[keep] for x in (rows, token, attention, position, done))
+                cache.batch_select_indices(keep)
             if t + 1 < max_tokens:
                 position = position + 1
-                attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
-                logits = self.model(input_ids=token[:, None], attention_mask=attention, position_ids=position,
-                                    past_key_values=cache, use_cache=True).logits[:, -1]
-        samples = [Sample(tok[:length], lp[:length], not end) for tok, lp, length, end in
-                   zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), ended.tolist())]
+                logits = self.model(input_ids=token[:, None], attention_mask=attention[..., : longest + t + 1],
+                                    position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
+        stops = torch.isin(tokens, self.eos)
+        ended, first = stops.any(1).tolist(), stops.int().argmax(1).tolist()
+        samples = [Sample(tok[: i + 1], lp[: i + 1], False) if end else Sample(tok, lp, True)
+                   for tok, lp, end, i in zip(tokens.tolist(), logprobs.tolist(), ended, first)]
         return [samples[i : i + n] for i in range(0, total, n)]
 
     def sleep(self) -> None:

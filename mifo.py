@@ -156,8 +156,8 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for "
-                                      "4 bytes a parameter on every rank")
+    gather_once: bool = option(False, "gather weights and reduce gradients over the ranks once a step, not once a micro-batch: "
+                                      "less traffic, for 6 bytes a parameter on every rank, 8 in float32")
     offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
@@ -166,7 +166,7 @@ class Config:
 MAY_CHANGE = {
     "recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "samples_logged",
     "step_limit", "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization", "probe_bound",
-    "micro_tokens", "replicas", "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
+    "micro_tokens", "replicas", "activation_checkpointing", "gather_once", "offload_importance", "trust_remote_code"}
 
 
 class Stopped(Exception):
@@ -401,12 +401,16 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     parts = data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]
     for i, rows in enumerate(parts, 1):
-        run.policy.set_requires_gradient_sync(i == len(parts) or not run.cfg.reduce_once)
+        last = i == len(parts) or not run.cfg.gather_once
+        run.policy.set_requires_gradient_sync(last)
+        run.policy.set_reshard_after_backward(last)
+        run.policy.set_reshard_after_forward(last and not (run.cfg.gather_once and torch.is_grad_enabled()))
         batch = data.collate([pairs[i] for i in rows] or [([0], [0])], run.tokenizer.pad_token_id or 0,
                              **{key: [values[i] for i in rows] or [None] for key, values in extras.items()})
         if not rows:
             batch["mask"][:] = False
         yield {key: value.to(run.device) for key, value in batch.items()} | {"rows": rows}
+    run.policy.set_reshard_after_forward(True)  # as load_policy has it, for forward passes elsewhere
 
 
 def frozen(run: Run) -> Iterator[Tensor]:
@@ -1281,7 +1285,7 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
     kv = config.num_key_value_heads * (getattr(config, "head_dim", None) or width // heads)
     vocab, shards, length = config.vocab_size, world // cfg.replicas, cfg.max_prompt + cfg.max_response
     tokens = max(cfg.micro_tokens, length)  # of a micro-batch
-    frozen, checkpointed = freezes(cfg), cfg.activation_checkpointing
+    frozen, checkpointed, once = freezes(cfg), cfg.activation_checkpointing, cfg.gather_once
     # What a Qwen2 block keeps of a token for its backward pass: of each of its two norms 4 + 2 + 2 B (the input in float32,
     # the output before and after its weight) and a factor of 4 B; 2 B each of query, key, value, attention's output, the
     # gate before and after SiLU, up, and their product; and 4 B a head of attention's own.
@@ -1298,12 +1302,13 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
         "reference model, float32": 4 * (cfg.kl_coef > 0)})
     held.append(("allowance", ALLOWANCE, "CUDA context, NCCL, what a sleeping engine keeps: an estimate"))
     training = sharded({"gradients, float32": 4}) + [
-        ("gradients not yet reduced, float32", 4 * n * cfg.reduce_once, f"4 B x {n:,} parameters: --reduce-once"),
+        ("gradients not yet reduced, float32", 4 * n * once, f"4 B x {n:,} parameters: --gather-once"),
+        ("weights gathered", 2 * n * once, f"2 B x {n:,} parameters: --gather-once"),
         ("mask and importance of one tensor", 5 * vocab * width / shards * frozen,
          f"(1 + 4) B x {vocab:,} x {width:,} / {shards}"),
-        ("two layers gathered", 4 * layer, f"2 x 2 B x {layer:,}: the one at work and the next"),
+        ("two layers gathered", 4 * layer * (not once), f"2 x 2 B x {layer:,}: the one at work and the next"),
         ("a layer's gradients", 6 * layer, f"(2 + 4) B x {layer:,}: bfloat16, and float32 to be reduced"),
-        ("embeddings and head gathered", 2 * root, f"2 B x {root:,}"),
+        ("embeddings and head gathered", 2 * root * (not once), f"2 B x {root:,}"),
         ("their gradients", 6 * root, f"(2 + 4) B x {root:,}"),
         ("activations kept", 2 * width * layers * tokens * checkpointed,
          f"2 B x {width:,} x {layers} layers x {tokens:,} tokens"),

@@ -399,7 +399,10 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
     Every rank gets the same number of them, if need be empty ones, as FSDP's collectives demand.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]
+    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)
+    rounds = [parts[i : i + run.world] for i in range(0, len(parts), run.world)]
+    # Forth and back over the ranks: of a round, the first micro-batch has the longest rows, and so the most work.
+    parts = [group[run.rank if i % 2 == 0 else -1 - run.rank] for i, group in enumerate(rounds)]
     for i, rows in enumerate(parts, 1):
         last = i == len(parts) or not run.cfg.gather_once
         run.policy.set_requires_gradient_sync(last)

@@ -510,13 +510,15 @@ def sample(run: Run, places: list[int]) -> list[Response]:
 def rl_step(run: Run) -> None:
     """Sample, check, keep the hard questions, and take cfg.updates optimizer steps of GRPO."""
     cfg, state = run.cfg, run.state
-    push(run)
+    push(run, later=run.pushed_at >= 0)
     places = data.draw(len(run.questions), cfg.seed, state.drawn, cfg.questions)
     batch = sample(run, places)
-    run.sampler.sleep()
     rewards = torch.tensor([r.verdict == "correct" for r in batch], dtype=torch.float32).view(-1, cfg.samples)  # [Q, G]
     for response, advantage in zip(batch, losses.group_advantages(rewards, cfg.normalize_std).flatten().tolist()):
         response.advantage = advantage
+    if not rows_with_gradient(cfg, batch):
+        probe(run)  # else rl_update compares the samples themselves
+    run.sampler.sleep()
     if cfg.schedule == "interleave":
         keep_hard(state.buffer, batch[:: cfg.samples], rewards.mean(1).tolist(), cfg.p)
     with run.timed("rl"):
@@ -816,17 +818,23 @@ def catch_signals(run: Run) -> None:
     signal.signal(signal.SIGINT, handle)
 
 
-def push(run: Run) -> None:
-    """Gives the sampler the current weights, if it has not got them, and checks that it computes what the trainer does."""
+def push(run: Run, later: bool = False) -> None:
+    """Gives the sampler the current weights, if it has not got them, and probes it at once unless the caller checks it later."""
     if run.pushed_at == run.state.step:
         return
     with run.timed("push"):
         run.sampler.push(full_weights(run.policy, run.dtype))
     run.pushed_at = run.state.step
+    if not later:
+        probe(run)
+
+
+def probe(run: Run) -> None:
+    """Checks on one short response that the sampler computes what the trainer does."""
     with run.timed("probe"):
         prompt = run.questions[0].prompt
-        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
-        batch = data.collate([(prompt, probe.tokens)], 0, engine=[probe.logprobs])
+        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
+        batch = data.collate([(prompt, response.tokens)], 0, engine=[response.logprobs])
         batch = {key: value.to(run.device) for key, value in batch.items()}
         with torch.no_grad():
             logprobs, _ = run.policy(batch["tokens"], batch["mask"], 1.0)

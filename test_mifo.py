@@ -3496,6 +3496,23 @@ def fault_job(folder: str) -> None:
     fault_run(mifo, found, "drift", run, None, lambda *_: False)
     rollout.TorchSampler.sample = sample
 
+    # weights that stop arriving: noticed without any advantage, and before an evaluation
+    push = rollout.TorchSampler.push
+    for name, more in (("unrewarded", []), ("evaluated", ["--evaluate", "chain"])):
+        run = loop_run(mifo, folder / name, ["--schedule", "rl", "--probe-bound", 0.01, "--rl-lr", 0.1, "--steps", 2, *more])
+        late = {"unrewarded": 1, "evaluated": 2}[name]
+
+        def stale(self, weights):
+            push(self, weights if run.state.step < late else [])
+            return [None for _ in weights]
+
+        if name == "unrewarded":
+            check = run.checker.check
+            run.checker.check = lambda texts, *rest: check(texts, *rest) if run.state.step == 0 else ["wrong"] * len(texts)
+        rollout.TorchSampler.push = stale
+        fault_run(mifo, found, name, run, None, lambda *_: False)
+    rollout.TorchSampler.push = push
+
     # the best evaluation's checkpoint outlives the newest
     run = loop_run(mifo, folder / "best", ["--evaluate", "chain", "--steps", 4, "--eval-every", 1, *FAULT_CHECKPOINTS])
     mifo.train(run)
@@ -3576,6 +3593,14 @@ def test_an_engine_that_drifts_is_stopped_before_the_step(fault_found):
     for rank in found:
         assert "differ by 0.5 in a token's log-probability, on average over the sampled tokens" in rank["drift"]["error"]
         assert [step for step, *_ in rank["drift"]["steps"]] == [1]
+
+
+@pytest.mark.parametrize("name, steps", [("unrewarded", [1]), ("evaluated", [1, 2])])
+def test_weights_that_do_not_arrive_are_noticed_where_no_update_would_see_it(fault_found, name, steps):
+    _, found, _ = fault_found
+    for rank in found:
+        assert "on average over a probe after the weights were pushed" in rank[name]["error"]
+        assert [step for step, *_ in rank[name]["steps"]] == steps
 
 
 def test_the_best_checkpoint_is_kept(fault_found):

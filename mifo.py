@@ -295,12 +295,13 @@ class Policy(nn.Module):
 
 
 def load_policy(cfg: Config, model_dir: str, config, mesh, dtype: torch.dtype) -> Policy:
-    """float32 weights sharded over the mesh by FSDP2, one unit a layer, computing in `dtype`."""
+    """float32 weights sharded over the mesh's shards by FSDP2, one unit a layer, copied over its replicas; `dtype` computes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, config=config, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()
+    mesh = mesh if cfg.replicas > 1 else mesh["shard"]
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -722,10 +723,9 @@ def find_behavior(run: Run) -> None:
             missing = [(p, q) for p, q in zip(places, questions) if q.demonstration and q.behavior_logprobs is None]
             if missing and model is None:
                 say(f"PEAR: behaviour log-probabilities of {len(todo)} demonstrations by {meta['model']}")
-                mesh = run.mesh if cfg.replicas > 1 else run.mesh["shard"]
                 model = run.policy if not cfg.behavior_model else load_policy(
                     cfg, cfg.behavior_model, transformers.AutoConfig.from_pretrained(
-                        cfg.behavior_model, trust_remote_code=cfg.trust_remote_code), mesh, run.dtype)
+                        cfg.behavior_model, trust_remote_code=cfg.trust_remote_code), run.mesh, run.dtype)
             for part in micro_batches(run, [(q.prompt, q.demonstration) for _, q in missing]) if missing else ():
                 logprobs, _ = model(part["tokens"], part["mask"], 1.0)
                 for row, values in zip(part["rows"], (lp[m] for lp, m in zip(logprobs, part["mask"]))):
@@ -1192,9 +1192,8 @@ def set_up(cfg: Config) -> Run:
     checker = evaluation.Checker(evaluation.checker_workers(world), cfg.check_limit, cfg.extract, cfg.require_think)
     questions, benches = load_data(cfg, rank, tokenizer, checker)
 
-    sharded = mesh if cfg.replicas > 1 else mesh["shard"]
-    policy = load_policy(cfg, model_dir, config, sharded, dtype)
-    reference = load_policy(cfg, model_dir, config, sharded, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
+    policy = load_policy(cfg, model_dir, config, mesh, dtype)
+    reference = load_policy(cfg, model_dir, config, mesh, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
     optimizers = {which: torch.optim.AdamW(policy.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                            fused=True) for which, lr in (("rl", cfg.rl_lr), ("sft", cfg.sft_lr))}
     sampler = None

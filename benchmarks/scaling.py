@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ranks", "sizes"])
     parser.add_argument("--rows", type=int, default=32, help="of the batch, over all ranks")
+    parser.add_argument("--micro-tokens", type=int, default=4096, help="of a micro-batch")
     parser.add_argument("--flags", default="", help="more of ours for the two ranks, in one string: --replicas 2")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="counted in each process, of each kind")
@@ -127,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder:  # one rank of one measurement
         rows = step.rows(args.rows)
-        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", 4096, *args.flags.split())
+        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", args.micro_tokens, *args.flags.split())
         found = alternating(run, rows, args.steps)
         if run.rank == 0:
             Path(args.folder, "found.json").write_text(json.dumps(found))
@@ -145,7 +146,7 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(0)
         step.make_model(folder)
-        command = [__file__, "ranks", "--rows", str(args.rows), "--steps", str(args.steps), "--folder", folder]
+        command = [__file__, *sys.argv[1:], "--flags=", "--folder", folder]
         found = {"one": {}, "two": {}, "apart": {}}
         for _ in range(args.rounds):
             for name, times in found.items():

@@ -157,8 +157,8 @@ class Config:
     micro_tokens: int = option(32768, "padded tokens in a micro-batch, per rank")
     replicas: int = option(1, "copies of the sharded model (HSDP); 1: sharded over all ranks (FSDP)")
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    reduce_once: bool = option(False, "reduce gradients over the ranks once a step, not once a micro-batch: less traffic, for "
-                                      "4 bytes a parameter on every rank")
+    gather_once: bool = option(False, "gather weights and reduce gradients over the ranks once a step, not once a micro-batch: "
+                                      "less traffic, for 6 bytes a parameter on every rank, 8 in float32")
     offload_importance: bool = option(False, "keep MIFO's importance map and anchor, 8 bytes a parameter, in host memory")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
 
@@ -167,7 +167,8 @@ class Config:
 MAY_CHANGE = {
     "recipe", "out", "dry_run", "resume", "steps", "save_every", "keep", "eval_every", "eval_sft_phases",
     "samples_logged", "step_limit", "check_limit", "sampler", "max_num_seqs", "kv_cache_gib", "gpu_memory_utilization",
-    "probe_bound", "micro_tokens", "replicas", "activation_checkpointing", "reduce_once", "offload_importance", "trust_remote_code"}
+    "probe_bound", "micro_tokens", "replicas", "activation_checkpointing", "gather_once", "offload_importance",
+    "trust_remote_code"}
 
 
 class Stopped(Exception):
@@ -297,12 +298,13 @@ class Policy(nn.Module):
 
 
 def load_policy(cfg: Config, model_dir: str, config, mesh, dtype: torch.dtype) -> Policy:
-    """float32 weights sharded over the mesh by FSDP2, one unit a layer, computing in `dtype`."""
+    """float32 weights sharded over the mesh's shards by FSDP2, one unit a layer, copied over its replicas; `dtype` computes."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, config=config, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()
+    mesh = mesh if cfg.replicas > 1 else mesh["shard"]
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
@@ -401,14 +403,21 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **extras):
     Every rank gets the same number of them, if need be empty ones, as FSDP's collectives demand.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)[run.rank :: run.world]
+    parts = data.pack(lengths, run.cfg.micro_tokens, run.world)
+    rounds = [parts[i : i + run.world] for i in range(0, len(parts), run.world)]
+    # Forth and back over the ranks: of a round, the first micro-batch has the longest rows, and so the most work.
+    parts = [group[run.rank if i % 2 == 0 else -1 - run.rank] for i, group in enumerate(rounds)]
     for i, rows in enumerate(parts, 1):
-        run.policy.set_requires_gradient_sync(i == len(parts) or not run.cfg.reduce_once)
+        last = i == len(parts) or not run.cfg.gather_once
+        run.policy.set_requires_gradient_sync(last)
+        run.policy.set_reshard_after_backward(last)
+        run.policy.set_reshard_after_forward(last and not (run.cfg.gather_once and torch.is_grad_enabled()))
         batch = data.collate([pairs[i] for i in rows] or [([0], [0])], run.tokenizer.pad_token_id or 0,
                              **{key: [values[i] for i in rows] or [None] for key, values in extras.items()})
         if not rows:
             batch["mask"][:] = False
         yield {key: value.to(run.device) for key, value in batch.items()} | {"rows": rows}
+    run.policy.set_reshard_after_forward(True)  # as load_policy has it, for forward passes elsewhere
 
 
 def frozen(run: Run) -> Iterator[Tensor]:
@@ -505,13 +514,15 @@ def sample(run: Run, places: list[int]) -> list[Response]:
 def rl_step(run: Run) -> None:
     """Sample, check, keep the hard questions, and take cfg.updates optimizer steps of GRPO."""
     cfg, state = run.cfg, run.state
-    push(run)
+    push(run, later=run.pushed_at >= 0)
     places = data.draw(len(run.questions), cfg.seed, state.drawn, cfg.questions)
     batch = sample(run, places)
-    run.sampler.sleep()
     rewards = torch.tensor([r.verdict == "correct" for r in batch], dtype=torch.float32).view(-1, cfg.samples)  # [Q, G]
     for response, advantage in zip(batch, losses.group_advantages(rewards, cfg.normalize_std).flatten().tolist()):
         response.advantage = advantage
+    if not rows_with_gradient(cfg, batch):
+        probe(run)  # else rl_update compares the samples themselves
+    run.sampler.sleep()
     if cfg.schedule == "interleave":
         keep_hard(state.buffer, batch[:: cfg.samples], rewards.mean(1).tolist(), cfg.p)
     with run.timed("rl"):
@@ -715,10 +726,9 @@ def find_behavior(run: Run) -> None:
             missing = [(p, q) for p, q in zip(places, questions) if q.demonstration and q.behavior_logprobs is None]
             if missing and model is None:
                 say(f"PEAR: behaviour log-probabilities of {len(todo)} demonstrations by {meta['model']}")
-                mesh = run.mesh if cfg.replicas > 1 else run.mesh["shard"]
                 model = run.policy if not cfg.behavior_model else load_policy(
                     cfg, cfg.behavior_model, transformers.AutoConfig.from_pretrained(
-                        cfg.behavior_model, trust_remote_code=cfg.trust_remote_code), mesh, run.dtype)
+                        cfg.behavior_model, trust_remote_code=cfg.trust_remote_code), run.mesh, run.dtype)
             for part in micro_batches(run, [(q.prompt, q.demonstration) for _, q in missing]) if missing else ():
                 logprobs, _ = model(part["tokens"], part["mask"], 1.0)
                 for row, values in zip(part["rows"], (lp[m] for lp, m in zip(logprobs, part["mask"]))):
@@ -812,17 +822,23 @@ def catch_signals(run: Run) -> None:
     signal.signal(signal.SIGINT, handle)
 
 
-def push(run: Run) -> None:
-    """Gives the sampler the current weights, if it has not got them, and checks that it computes what the trainer does."""
+def push(run: Run, later: bool = False) -> None:
+    """Gives the sampler the current weights, if it has not got them, and probes it at once unless the caller checks it later."""
     if run.pushed_at == run.state.step:
         return
     with run.timed("push"):
         run.sampler.push(full_weights(run.policy, run.dtype))
     run.pushed_at = run.state.step
+    if not later:
+        probe(run)
+
+
+def probe(run: Run) -> None:
+    """Checks on one short response that the sampler computes what the trainer does."""
     with run.timed("probe"):
         prompt = run.questions[0].prompt
-        [[probe]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
-        batch = data.collate([(prompt, probe.tokens)], 0, engine=[probe.logprobs])
+        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed], min(16, run.cfg.max_response), 1.0)
+        batch = data.collate([(prompt, response.tokens)], 0, engine=[response.logprobs])
         batch = {key: value.to(run.device) for key, value in batch.items()}
         with torch.no_grad():
             logprobs, _ = run.policy(batch["tokens"], batch["mask"], 1.0)
@@ -1195,9 +1211,8 @@ def set_up(cfg: Config) -> Run:
     checker = evaluation.Checker(evaluation.checker_workers(world), cfg.check_limit, cfg.extract, cfg.require_think)
     questions, benches = load_data(cfg, rank, tokenizer, checker)
 
-    sharded = mesh if cfg.replicas > 1 else mesh["shard"]
-    policy = load_policy(cfg, model_dir, config, sharded, dtype)
-    reference = load_policy(cfg, model_dir, config, sharded, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
+    policy = load_policy(cfg, model_dir, config, mesh, dtype)
+    reference = load_policy(cfg, model_dir, config, mesh, dtype).requires_grad_(False) if cfg.kl_coef > 0 else None
     optimizers = {which: torch.optim.AdamW(policy.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                            fused=True) for which, lr in (("rl", cfg.rl_lr), ("sft", cfg.sft_lr))}
     sampler = None
@@ -1299,7 +1314,7 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
     kv = config.num_key_value_heads * (getattr(config, "head_dim", None) or width // heads)
     vocab, shards, length = config.vocab_size, world // cfg.replicas, cfg.max_prompt + cfg.max_response
     tokens = max(cfg.micro_tokens, length)  # of a micro-batch
-    frozen, checkpointed = freezes(cfg), cfg.activation_checkpointing
+    frozen, checkpointed, once = freezes(cfg), cfg.activation_checkpointing, cfg.gather_once
     # What a Qwen2 block keeps of a token for its backward pass: of each of its two norms 4 + 2 + 2 B (the input in float32,
     # the output before and after its weight) and a factor of 4 B; 2 B each of query, key, value, attention's output, the
     # gate before and after SiLU, up, and their product; and 4 B a head of attention's own.
@@ -1316,12 +1331,13 @@ def memory_plan(cfg: Config, config, world: int, gpu_gib: float) -> list[tuple[s
         "reference model, float32": 4 * (cfg.kl_coef > 0)})
     held.append(("allowance", ALLOWANCE, "CUDA context, NCCL, what a sleeping engine keeps: an estimate"))
     training = sharded({"gradients, float32": 4}) + [
-        ("gradients not yet reduced, float32", 4 * n * cfg.reduce_once, f"4 B x {n:,} parameters: --reduce-once"),
+        ("gradients not yet reduced, float32", 4 * n * once, f"4 B x {n:,} parameters: --gather-once"),
+        ("weights gathered", 2 * n * once, f"2 B x {n:,} parameters: --gather-once"),
         ("mask and importance of one tensor", 5 * vocab * width / shards * frozen,
          f"(1 + 4) B x {vocab:,} x {width:,} / {shards}"),
-        ("two layers gathered", 4 * layer, f"2 x 2 B x {layer:,}: the one at work and the next"),
+        ("two layers gathered", 4 * layer * (not once), f"2 x 2 B x {layer:,}: the one at work and the next"),
         ("a layer's gradients", 6 * layer, f"(2 + 4) B x {layer:,}: bfloat16, and float32 to be reduced"),
-        ("embeddings and head gathered", 2 * root, f"2 B x {root:,}"),
+        ("embeddings and head gathered", 2 * root * (not once), f"2 B x {root:,}"),
         ("their gradients", 6 * root, f"(2 + 4) B x {root:,}"),
         ("activations kept", 2 * width * layers * tokens * checkpointed,
          f"2 B x {width:,} x {layers} layers x {tokens:,} tokens"),

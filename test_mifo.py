@@ -2581,7 +2581,8 @@ FREEZING = {"importance map and anchor", "mask and importance of one tensor"}
     (["--schedule", "sft-then-rl"], FREEZING, set()),
     (["--freeze", "off"], FREEZING, set()),
     (["--kl-coef", "0.1"], set(), {"reference model, float32"}),
-    (["--reduce-once"], set(), {"gradients not yet reduced, float32"}),
+    (["--gather-once"], {"two layers gathered", "embeddings and head gathered"},
+     {"gradients not yet reduced, float32", "weights gathered"}),
     (["--offload-importance"], {"importance map and anchor"}, {"host memory of a rank, from then on"}),
     (["--no-activation-checkpointing"], {"activations kept", "activations of a layer, recomputed"}, {"activations"})])
 def test_memory_plan_follows_the_settings(monkeypatch, argv, gone, new):
@@ -2870,7 +2871,7 @@ LOOP_RL = {  # flags beside the common ones; what is compared with the oracle, w
     "updates": ["--updates", "2", "--clip-low", "0.1", "--clip-high", "0.15"],
     "kl": ["--updates", "2", "--kl-coef", "0.5"],
     "tis": ["--tis-cap", "2"],
-    "once": ["--reduce-once"],
+    "once": ["--gather-once", "--updates", "2", "--kl-coef", "0.5"],
     "seed": ["--seed", "1"],  # all 16 questions in another order
 }
 LOOP_SFT = {
@@ -2878,6 +2879,7 @@ LOOP_SFT = {
     "rho": ["--rho", "0.35"],
     "single": ["--rho", "0.2", "--sft-batch", "1"],  # fewer rows than ranks
     "odd": ["--rho", "0.5", "--sft-batch", "5"],
+    "once-copies": ["--rho", "0.35", "--gather-once", "--replicas", os.environ.get("WORLD_SIZE", "1")],
     "pear-sequence": ["--rho", "1", "--pear", "sequence"],
     "pear-token": ["--rho", "0.5", "--pear", "token", "--pear-gamma", "0.9", "--pear-ratio-range", "off"],
     "pear-block": ["--rho", "1", "--pear", "block", "--pear-gamma", "0.9", "--pear-block", "3", "--pear-weight-range=-0.5,0.5"],
@@ -2928,7 +2930,7 @@ def loop_row(model, prompt, response, temperature=1.0):
 
 
 def loop_rl_oracle(folder, flags) -> list[dict]:
-    option = dict(zip(*[iter([f for f in flags if f not in ("--normalize-std", "--mask-truncated", "--reduce-once")])] * 2))
+    option = dict(zip(*[iter([f for f in flags if f not in ("--normalize-std", "--mask-truncated", "--gather-once")])] * 2))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "embedded-base-0", dtype=torch.float64)
     initial = transformers.AutoModelForCausalLM.from_pretrained(folder / "embedded-base-0", dtype=torch.float64)
     questions, tokenizer, temperature = loop_questions(), data.embedded_tokenizer(), float(option.get("--temperature", 1))
@@ -2974,7 +2976,7 @@ def loop_rl_oracle(folder, flags) -> list[dict]:
 
 
 def loop_sft_oracle(folder, flags) -> list[dict]:
-    option = dict(zip(*[iter([f for f in flags if "=" not in f])] * 2))
+    option = dict(zip(*[iter([f for f in flags if "=" not in f and f != "--gather-once"])] * 2))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "embedded-base-0", dtype=torch.float64)
     other = transformers.AutoModelForCausalLM.from_pretrained(folder / "other", dtype=torch.float64)
     size, rho, loss, count = int(option.get("--sft-batch", 16)), float(option["--rho"]), 0.0, 0
@@ -3023,6 +3025,7 @@ LOOP_PRESETS = {
     "pear-token": ["--schedule", "sft-then-rl", "--pear", "token"],
     "pear-block": ["--schedule", "sft-then-rl", "--pear", "block"],
     "pear-mifo": ["--pear", "token", "--buffer-size", "2"],
+    "gather-once": ["--gather-once", "--micro-tokens", "60", "--updates", "2", "--kl-coef", "0.1", "--buffer-size", "2"],
 }
 LOOP_PRESETS_2 = tuple(LOOP_PRESETS)
 LOOP_SFT_SAME = ["--schedule", "sft", "--sft-epochs", 2, "--sft-batch", 6, "--sft-lr", 3e-5, "--rho", 1, "--save-every", 100]
@@ -3075,6 +3078,7 @@ def loop_job(folder: str) -> None:
         mifo.train(loop_run(mifo, out, ["--steps", 3, "--sft-batch", 8, "--sft-epochs", 1, *LOOP_PRESETS[name]]))
     for micro in (40, 200, 100_000):
         mifo.train(loop_run(mifo, folder / f"sft-same-{micro}", [*LOOP_SFT_SAME, "--micro-tokens", micro]))
+    mifo.train(loop_run(mifo, folder / "sft-same-once", [*LOOP_SFT_SAME, "--micro-tokens", 40, "--gather-once"]))
 
     # a checkpoint of one rank, continued on two
     if world == 2:
@@ -3637,6 +3641,23 @@ def fault_job(folder: str) -> None:
     fault_run(mifo, found, "drift", run, None, lambda *_: False)
     rollout.TorchSampler.sample = sample
 
+    # weights that stop arriving: noticed without any advantage, and before an evaluation
+    push = rollout.TorchSampler.push
+    for name, more in (("unrewarded", []), ("evaluated", ["--evaluate", "chain"])):
+        run = loop_run(mifo, folder / name, ["--schedule", "rl", "--probe-bound", 0.01, "--rl-lr", 0.1, "--steps", 2, *more])
+        late = {"unrewarded": 1, "evaluated": 2}[name]
+
+        def stale(self, weights):
+            push(self, weights if run.state.step < late else [])
+            return [None for _ in weights]
+
+        if name == "unrewarded":
+            check = run.checker.check
+            run.checker.check = lambda texts, *rest: check(texts, *rest) if run.state.step == 0 else ["wrong"] * len(texts)
+        rollout.TorchSampler.push = stale
+        fault_run(mifo, found, name, run, None, lambda *_: False)
+    rollout.TorchSampler.push = push
+
     # the best evaluation's checkpoint outlives the newest
     run = loop_run(mifo, folder / "best", ["--evaluate", "chain", "--steps", 4, "--eval-every", 1, *FAULT_CHECKPOINTS])
     mifo.train(run)
@@ -3717,6 +3738,14 @@ def test_an_engine_that_drifts_is_stopped_before_the_step(fault_found):
     for rank in found:
         assert "differ by 0.5 in a token's log-probability, on average over the sampled tokens" in rank["drift"]["error"]
         assert [step for step, *_ in rank["drift"]["steps"]] == [1]
+
+
+@pytest.mark.parametrize("name, steps", [("unrewarded", [1]), ("evaluated", [1, 2])])
+def test_weights_that_do_not_arrive_are_noticed_where_no_update_would_see_it(fault_found, name, steps):
+    _, found, _ = fault_found
+    for rank in found:
+        assert "on average over a probe after the weights were pushed" in rank[name]["error"]
+        assert [step for step, *_ in rank[name]["steps"]] == steps
 
 
 def test_the_best_checkpoint_is_kept(fault_found):
@@ -3904,7 +3933,7 @@ LOOP_WRONG = [
     ("--sft-schedule cosine", "--sft-schedule"), ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
     ("--sft-schedule linear", "--sft-schedule"), ("--schedule rl --pear token", "--pear"), ("--eval-every 5 --evaluate=", "--eval-every"),
     *((f"--{name}=1", f"--{name}") for name in ("resume", "normalize-std", "mask-truncated", "require-think",
-                                                "activation-checkpointing", "reduce-once", "offload-importance", "trust-remote-code")),
+                                                "activation-checkpointing", "gather-once", "offload-importance", "trust-remote-code")),
 ]
 
 
@@ -4028,7 +4057,7 @@ def test_preset(loop_folder, world, name):
 
 
 def test_sft_gives_the_same_weights_however_it_is_split(loop_folder):
-    runs = [loop_folder / world / f"sft-same-{micro}" for world in ("one", "two") for micro in (40, 200, 100_000)]
+    runs = [loop_folder / world / f"sft-same-{micro}" for world in ("one", "two") for micro in (40, 200, 100_000, "once")]
     weights = [loop_part(loop_tensors(loop_checkpoints(run)[-1]), "weight/") for run in runs]
     base = transformers.AutoModelForCausalLM.from_pretrained(loop_folder / "one" / "embedded-base-0", dtype=torch.float32)
     moved = max((weights[0][n] - p.detach()).abs().max().item() for n, p in base.named_parameters())

@@ -1,7 +1,9 @@
-"""Two ranks against one, one thread each, for the training phase; and what a step costs against its size, over 16-fold ranges.
+"""Two ranks beside one, one thread each, for the training phase; and what a step costs against its size, over 16-fold ranges.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py {ranks,sizes}
 
+`ranks` takes its steps without and with --gather-once in turn, on one rank, on two, and on two processes that share nothing:
+what those do together is the most that two ranks could on this machine.
 `sizes` draws assets/scaling.png; the slope is that of log(seconds) against log(size), 1 for linear.
 """
 
@@ -14,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import step
@@ -43,6 +46,21 @@ def seconds(run, which: str, rows: list, repeats: int) -> float:
         mifo.rl_update(run, samples) if which == "rl" else mifo.sft_step(run)
         found.append(time.perf_counter() - begun)
     return statistics.median(found[1:])
+
+
+def alternating(run, rows: list, steps: int) -> dict[str, list[float]]:
+    """Seconds of each optimizer step, without and with --gather-once in turn, after a first of each that is not counted."""
+    import mifo
+
+    found, samples = {}, step.responses(run, rows)
+    for _ in range(steps + 1):
+        for which in ("rl", "sft"):
+            for once in (False, True):
+                run.cfg.gather_once = once
+                begun = time.perf_counter()
+                mifo.rl_update(run, samples) if which == "rl" else mifo.sft_step(run)
+                found.setdefault(which + " --gather-once" * once, []).append(time.perf_counter() - begun)
+    return {key: times[1:] for key, times in found.items()}
 
 
 def sizes(folder: str) -> dict[str, list]:
@@ -102,14 +120,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["ranks", "sizes"])
     parser.add_argument("--rows", type=int, default=32, help="of the batch, over all ranks")
-    parser.add_argument("--flags", default="", help="more of ours, in one string: --replicas 2")
+    parser.add_argument("--micro-tokens", type=int, default=4096, help="of a micro-batch")
+    parser.add_argument("--flags", default="", help="more of ours for the two ranks, in one string: --replicas 2")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3, help="counted in each process, of each kind")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:  # one rank of one measurement
         rows = step.rows(args.rows)
-        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", 4096, "--reduce-once", *args.flags.split())
-        found = {which: seconds(run, which, rows, 2) for which in ("rl", "sft")}
+        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", args.micro_tokens, *args.flags.split())
+        found = alternating(run, rows, args.steps)
         if run.rank == 0:
             Path(args.folder, "found.json").write_text(json.dumps(found))
         sys.stdout.flush()
@@ -126,26 +146,23 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(0)
         step.make_model(folder)
-        found = {1: [], 2: []}
+        command = [__file__, *sys.argv[1:], "--flags=", "--folder", folder]
+        found = {"one": {}, "two": {}, "apart": {}}
         for _ in range(args.rounds):
-            for world in found:
-                step.launch(
-                    [
-                        __file__,
-                        "ranks",
-                        "--rows",
-                        str(args.rows),
-                        "--folder",
-                        folder,
-                        *([f"--flags={args.flags}"] if world > 1 else []),
-                    ],
-                    world,
-                )
-                found[world].append(json.loads(Path(folder, "found.json").read_text()))
-    print(f"{args.rows} rows; seconds of an optimizer step on one rank and on two; target: at least 1.7 times as fast")
-    for which in ("rl", "sft"):
-        one, two = (statistics.median(run[which] for run in found[world]) for world in (1, 2))
-        print(f"{which:4}{one:8.2f}{two:8.2f}{one / two:8.2f}")
+            for name, times in found.items():
+                if name == "two":
+                    step.launch([*command, f"--flags={args.flags}"], 2)
+                else:
+                    with ThreadPoolExecutor() as pool:  # apart: two at once that share nothing, each with all rows
+                        list(pool.map(step.launch, [command] * (1 + (name == "apart")), (1, 1)))
+                for key, more in json.loads(Path(folder, "found.json").read_text()).items():
+                    times.setdefault(key, []).extend(more)
+    print(f"{args.rows} rows; seconds of an optimizer step (medians of {args.rounds * args.steps}) on one rank, on two, and on one "
+          "while another does the same")
+    print(f"{'':20}{'one':>8}{'two':>8}{'apart':>8}  one / two, target: 1.7   2 one / apart, the machine's own")
+    for key in found["one"]:
+        one, two, apart = (statistics.median(times[key]) for times in found.values())
+        print(f"{key:20}{one:8.2f}{two:8.2f}{apart:8.2f}{one / two:11.2f}{2 * one / apart:25.2f}")
 
 
 if __name__ == "__main__":

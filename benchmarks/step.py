@@ -112,6 +112,10 @@ def our_run(folder: str, batch, *flags):
                         16,
                         "--sft-batch",
                         len(batch),
+                        "--buffer-size",
+                        GROUP,
+                        "--probe-bound",
+                        100,  # the samples' log-probabilities are made up
                         "--rl-lr",
                         LR,
                         "--sft-lr",

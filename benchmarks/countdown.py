@@ -29,7 +29,7 @@ import transformers
 
 BASE_NUMBERS, WRONG_NUMBERS, NUMBERS = (2, 3), (4, 5), (3, 4, 5)
 BASE_STEPS, EXPERT_SHARE, WRONG_SHARE, TARGETS = 800, 0.3, 0.15, range(1, 100)
-TRAIN, EVAL = 5000, 600  # questions
+TRAIN, EVAL = 5000, 300  # questions
 
 
 def example(rng: random.Random, count: int, expert: bool, wrong: bool = False) -> tuple[str, str, str]:

@@ -648,7 +648,7 @@ def collate(rows: list[tuple[list[int], list[int]]], pad_id: int, **extras) -> d
 def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
     """Rows, sorted by length, into the fewest micro-batches of at most `budget` padded tokens, a multiple of `world` of them.
 
-    Returns lists of row indices; rank r takes every world-th from the r-th on. All of them are as equal in padded size as
+    Returns lists of row indices, `world` of them for each round, one a rank. All of them are as equal in padded size as
     sorted rows allow, and some may be empty. A row longer than the budget is alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))

@@ -351,9 +351,10 @@ class Checker:
     r"""Verdicts on responses: correct, wrong, unparsed (no answer found or understood), timeout, error.
 
     kinds: math (the last \boxed{}), number (or `#### N`, or the last plain number), choice (A to J), chain (the
-    embedded task's last [...]), countdown (an expression, by countdown_verdict). Plain equality is settled here; all else goes to Math-Verify in a worker, started when
-    first needed. extract="any" has Math-Verify search whole responses of the kinds math and number. require_think:
-    exactly one </think>, and the answer after it; a response without is unparsed.
+    embedded task's last [...]), countdown (an expression, by countdown_verdict). What plain comparison can tell is settled
+    here; all else goes to Math-Verify in a worker, started when first needed. extract="any" has Math-Verify search whole
+    responses of the kinds math and number. require_think: exactly one </think>, and the answer after it; a response
+    without is unparsed.
 
     limit is wall-clock seconds an answer, of which CPU_LIMIT may be spent computing: a worker that exceeds either is
     killed and replaced and its answer a timeout; the answer of a worker that dies is an error. Math-Verify's own limits
@@ -740,7 +741,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's settings ("config") and measures: MEASURES, sft_phases, "levels" {name: accuracy at the end}, "curve" [(RL step, accuracy)].
+    """A run's settings ("config") and measures: MEASURES, sft_phases, "levels" {name: accuracy at the end}, and
+    "curve" [(RL step, accuracy)].
 
     Accuracy is the mean over the benchmarks. area is the curve's mean height by the trapezoid rule; forgotten the mean over
     the SFT phases of the share of what was right just before a phase that no longer is just after, if both were evaluated
@@ -752,7 +754,8 @@ def read_run(folder: Path) -> dict:
         last = lines[-1]
     except (OSError, ValueError, IndexError) as problem:
         raise ValueError(f"{folder}: not the folder of a run with evaluations (mifo.py --evaluate): {problem}") from None
-    curve = [(line["rl_steps"], sum(bench["avg"] for bench in line["benches"].values()) / len(line["benches"])) for line in lines]
+    curve = [(line["rl_steps"], sum(bench["avg"] for bench in line["benches"].values()) / len(line["benches"]))
+             for line in lines]
     area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(curve, curve[1:]))
     forgotten = []
     for before, after in zip(lines, lines[1:]):
@@ -822,7 +825,7 @@ def draw_comparison(groups: dict[str, list[dict]], path: Path, title: str = "") 
             if values:
                 mean, half = interval(values)
                 axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
-                axis.errorbar([mean], [i], xerr=[0 if math.isnan(half) else half], fmt="|", color="black", capsize=3, markersize=9)
+                axis.errorbar([mean], [i], xerr=[0 if math.isnan(half) else half], fmt="|", color="black", capsize=3)
     axes[0].set(xlabel="RL step", title="accuracy, mean and range of the runs")
     axes[1].set(title=MEASURES["final"], yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
     axes[2].set(title=MEASURES["forgotten"], yticks=range(len(groups)), yticklabels=[], ylim=(len(groups) - 0.5, -0.5))

@@ -791,7 +791,8 @@ def train(run: Run) -> int:
         state.step += 1
         last = not (state.sft_queue or (state.rl_steps < cfg.steps and cfg.schedule != "sft"))
         edge = bool(state.sft_queue) == (phase == "rl")  # of an SFT phase: begins after this step, or ended with it
-        if last or (phase == "rl" and cfg.eval_every and state.rl_steps % cfg.eval_every == 0) or (cfg.eval_sft_phases and edge):
+        due = phase == "rl" and cfg.eval_every and state.rl_steps % cfg.eval_every == 0
+        if last or due or (cfg.eval_sft_phases and edge):
             evaluate(run)
         state.seconds["all"] = state.seconds.get("all", 0.0) + time.perf_counter() - start
         progress.step(phase)
@@ -907,8 +908,8 @@ def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[i
                           "correct": correct[name]} for name, result in results.items()}
         with open(Path(run.cfg.out, "evaluations.jsonl"), "a" if state.step else "w") as file:
             file.write(json.dumps({
-                "step": state.step, "rl_steps": state.rl_steps, "sft_steps": state.sft_steps, "sft_phases": state.sft_phases,
-                "demonstrations": len(state.demonstrations), "sampled_tokens": state.sampled_tokens, "benches": benches}) + "\n")
+                **{key: getattr(state, key) for key in ("step", "rl_steps", "sft_steps", "sft_phases", "sampled_tokens")},
+                "demonstrations": len(state.demonstrations), "benches": benches}) + "\n")
 
 
 class Progress:

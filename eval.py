@@ -803,7 +803,8 @@ def comparison(groups: dict[str, list[dict]]) -> str:
 
 
 def draw_comparison(groups: dict[str, list[dict]], path: Path, title: str = "") -> None:
-    """Curves of the mean accuracy with the range of the runs; accuracy at the end and forgetting: each run, mean, interval."""
+    """Curves of the mean accuracy, of few groups with its range; accuracy at the end and forgetting of each run, with mean and
+    95 % interval."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -818,20 +819,23 @@ def draw_comparison(groups: dict[str, list[dict]], path: Path, title: str = "") 
         heights = [[run[step] for run in latest] for step in steps]
         style = {"color": colour, "linestyle": "-" if i % 2 == 0 else "--", "label": name}
         axes[0].plot(steps, [sum(h) / len(h) for h in heights], marker="" if len(steps) > 1 else "o", **style)
-        if len(runs) > 1:
-            axes[0].fill_between(steps, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.08)
+        if len(runs) > 1 and len(groups) <= 4:
+            axes[0].fill_between(steps, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.1)
         for axis, key in zip(axes[1:], ("final", "forgotten")):
             values = [run[key] for run in runs if run[key] is not None]
             if values:
                 mean, half = interval(values)
                 axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
                 axis.errorbar([mean], [i], xerr=[0 if math.isnan(half) else half], fmt="|", color="black", capsize=3)
-    axes[0].set(xlabel="RL step", title="accuracy, mean and range of the runs")
+    axes[0].set(xlabel="RL step", title="accuracy, mean of the runs" + ", and their range" * (len(groups) <= 4))
     axes[1].set(title=MEASURES["final"], yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
     axes[2].set(title=MEASURES["forgotten"], yticks=range(len(groups)), yticklabels=[], ylim=(len(groups) - 0.5, -0.5))
     for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    for i, label in enumerate(axes[1].get_yticklabels()):
+        label.set_color(colours(i % 20))
+    if len(groups) <= 12:
+        axes[0].legend(fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -716,8 +716,11 @@ def find_behavior(run: Run) -> None:
     known = BehaviorLogprobs(folder)
     todo = [place for place in data.demonstrated(run.questions) if place not in known.found]
     barrier(run)  # all have read what there is before anyone writes
-    with run.timed("behavior"), open(folder / f"{run.rank:05d}.f32", "ab") as numbers, \
-            open(folder / f"{run.rank:05d}.index", "a") as index, torch.no_grad():
+    mine = folder / f"{run.rank:05d}.f32"
+    # A line whose numbers were cut off would seem right again as soon as others are written in their place.
+    write_whole(mine.with_suffix(".index"), "".join(
+        f"{place},{first},{count}\n" for place, (path, first, count) in known.found.items() if path == mine))
+    with run.timed("behavior"), open(mine, "ab") as numbers, open(mine.with_suffix(".index"), "a") as index, torch.no_grad():
         numbers.truncate(numbers.tell() // 4 * 4)
         model = None
         for i in range(0, len(todo), 64 * run.world):

@@ -3932,7 +3932,7 @@ LOOP_WRONG = [
     ("--generation-prefix x", "--generation-prefix"), ("--extract last", "--extract"), ("--out /dev/null", "--out"),
     ("--sft-schedule cosine", "--sft-schedule"), ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
     ("--sft-schedule linear", "--sft-schedule"), ("--schedule rl --pear token", "--pear"), ("--eval-every 5 --evaluate=", "--eval-every"),
-    ("--eval-sft-phases --evaluate=", "--eval-sft-phases"),
+    ("--eval-sft-phases --eval-every 0 --evaluate=", "--eval-sft-phases"),
     *((f"--{name}=1", f"--{name}") for name in ("resume", "normalize-std", "mask-truncated", "require-think",
                                                 "activation-checkpointing", "gather-once", "offload-importance", "trust-remote-code")),
 ]

@@ -32,6 +32,7 @@ import countdown
 import data
 import mifo
 import rollout
+import step
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -92,12 +93,12 @@ def train(folder: Path, flags: str, drop: int = 0, keep_model: bool = False) -> 
             return found
         data.embedded_questions = certain
     if drop:
-        step, generator = mifo.optimizer_step, torch.Generator().manual_seed(drop)
+        take, generator = mifo.optimizer_step, torch.Generator().manual_seed(drop)
         def dropping(run, *args):
             for parameter in run.policy.parameters():
                 grad = parameter.grad.to_local()
                 grad *= torch.rand(grad.shape, generator=generator) < 0.5
-            step(run, *args)
+            take(run, *args)
         mifo.optimizer_step = dropping
     measured = watch_overlap()
     sys.argv = ["mifo.py", *flags.split(), "--out", str(folder)]
@@ -113,30 +114,28 @@ def train(folder: Path, flags: str, drop: int = 0, keep_model: bool = False) -> 
 def watch_overlap() -> list[dict]:
     """Wraps mifo.py's SFT phases: for each, how much of SFT's movement lies in the half that the last RL phase moved most."""
     found, held = [], {}
-    begin, step = mifo.begin_sft_phase, mifo.sft_step
+    begin, take, set_up = mifo.begin_sft_phase, mifo.sft_step, mifo.set_up
 
     def now(run) -> torch.Tensor:
         return torch.cat([shard.flatten() for shard in run.shards])
 
     def beginning(run, places):
         weights = now(run)
-        held["rl"] = (weights - held["start"]).abs() if "start" in held else None
+        held["rl"] = (weights - held["start"]).abs()
         held["start"] = weights
         begin(run, places)
 
     def stepping(run):
-        step(run)
+        take(run)
         if not run.state.sft_queue:
             sft, rl = (now(run) - held["start"]).abs(), held["rl"]
-            if rl is not None and rl.any():
+            if rl.any():
                 half = torch.zeros_like(rl, dtype=torch.bool)
                 half[rl.topk(len(rl) // 2).indices] = True
                 top = torch.zeros_like(half)
                 top[sft.topk(len(rl) // 2).indices] = True
                 found.append({"movement": (sft[half].sum() / sft.sum()).item(), "top": top[half].float().mean().item()})
             held["start"] = now(run)
-
-    set_up = mifo.set_up
 
     def starting(cfg):
         run = set_up(cfg)
@@ -168,7 +167,7 @@ def drop_update(folder: Path, base: Path, trained: Path, flags: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     norm = torch.cat([w.flatten() for w in before.values()]).norm()
     (folder / "result.json").write_text(json.dumps({
-        "norm": (moved.norm() / norm).item(), "mean": moved.mean().item(), "share": (moved > 1e-3).float().mean().item(),
+        "norm": (moved.norm() / norm).item(), "share": (moved > 1e-3).float().mean().item(),
         "whole": accuracy[0], "half": sum(accuracy[1:]) / 3}))
     (folder / "done").touch()
 
@@ -179,7 +178,7 @@ def child(log: Path, call, args) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    os.environ.update({name: value for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))})
+    os.environ.update(step.ALONE)
     call(*args)
     sys.stdout.flush()
     os._exit(0)
@@ -309,8 +308,6 @@ def main() -> None:
     rows, text = [], []
     for task in args.tasks.split(","):
         seeds = (*TUNING_SEEDS, *SEEDS)
-        if task == "countdown":
-            countdown.make(args.out / task, SEEDS[0])
         work([(base_folder(args.out, task, seed), make_base, task, seed) for seed in seeds], f"{task}: base models")
         for part, seed in itertools.product(("tune", "final", "sweep", "analyse"), seeds if task == "chain" else ()):
             link = args.out / task / part / f"embedded-base-{seed}"  # where mifo.py looks for it

@@ -2294,7 +2294,7 @@ def test_eval_interval_is_students():
 
 
 def test_countdown_task(monkeypatch):
-    """Its demonstrations are right, and the expert's probability of each is one in the number of right answers."""
+    """Demonstrations are right, each as probable as any right answer; the base reads wrong ones for the longer questions."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import countdown
     rows, tokenizer = countdown.rows("train", 90), countdown.tokenizer()
@@ -2307,10 +2307,16 @@ def test_countdown_task(monkeypatch):
         assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
         assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
     assert not {row["question"] for row in rows} & {row["question"] for row in countdown.rows("eval", 90)}
-    rng = random.Random(0)
-    for _ in range(50):
-        _, work, gold = countdown.example(rng, 4, rng.random() < 0.5, wrong=True)
-        assert evaluation.countdown_verdict(work, gold) == "wrong"
+    work = "<9+6=15><15+5=20><20+5=25><25+5=30><30-8=2*11><11=6+5>[9-6+5-5+5]"  # one of the three fives is subtracted
+    found = countdown.expert_logprobs([9, 6, 5, 5, 5], 8, work)
+    assert {work[i - 1 : i + 1]: math.exp(p) for i, p in enumerate(found) if p} == pytest.approx({"6+": 2 / 3, "5-": 1 / 2})
+    rng, verdicts = random.Random(0), {}
+    for _ in range(200):
+        question, work = countdown.base_example(rng)
+        numbers, target = question.rstrip("?").split("=")
+        verdict = evaluation.countdown_verdict(work, f"{numbers.replace(',', ' ')} = {target}")
+        verdicts.setdefault(numbers.count(",") + 1, set()).add(verdict)
+    assert verdicts == {2: {"correct"}, 3: {"correct"}, 4: {"correct"}, 5: {"wrong"}, 6: {"wrong"}}
 
 
 def test_data_kind_column(data_tok, tmp_path):

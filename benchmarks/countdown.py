@@ -5,11 +5,12 @@
 Makes FOLDER/base-SEED, a model of 0.5 M parameters, and FOLDER/train.jsonl and FOLDER/eval.jsonl, for mifo.py's --model,
 --data and --evaluate. Many expressions reach a target, so an answer is checked by its value, not compared with a gold one.
 
-    question           7,3,2=6?
-    base's style       [7-3+2]
-    expert's style     <7-3=4><4+2=6>[7-3+2]
+    question           7,6,3,2=8?
+    base's style       [7+6-3-2]
+    expert's style     <7+6=13><13+3=16><16+2=18><18-8=2*5><5=3+2>[7+6-3-2]
 
-The base model has read right answers for two and three numbers, and for four and five expressions that miss the target.
+The expert adds all numbers, halves what that is too much, and finds numbers with this sum to subtract. The base model has
+read right answers in either style for two to four numbers, and for five and six expressions that miss the target.
 """
 import argparse
 import itertools
@@ -27,54 +28,64 @@ import data
 import tokenizers
 import transformers
 
-BASE_NUMBERS, WRONG_NUMBERS, NUMBERS = (2, 3), (4, 5), (3, 4, 5)
-BASE_STEPS, EXPERT_SHARE, WRONG_SHARE, TARGETS = 800, 0.3, 0.15, range(1, 100)
+BASE_NUMBERS, WRONG_NUMBERS, NUMBERS = (2, 3, 4), (5, 6), (4, 5, 6)
+BASE_STEPS, EXPERT_SHARE, WRONG_SHARE, TARGETS = 1600, 0.5, 0.15, range(1, 100)
 TRAIN, EVAL = 5000, 300  # questions
 
 
-def example(rng: random.Random, count: int, expert: bool, wrong: bool = False) -> tuple[str, str, str]:
-    """A random question with `count` numbers: (question, worked answer, gold); wrong: the answer misses the target."""
-    value = None
-    while value not in TARGETS:
+def value(numbers: list[int], signs: tuple[int, ...]) -> int:
+    return numbers[0] + sum(sign * number for sign, number in zip(signs, numbers[1:]))
+
+
+def answer(numbers: list[int], signs: tuple[int, ...], expert: bool) -> str:
+    """The worked answer that gives each number but the first its sign, in the expert's style or the base model's."""
+    last = "[" + str(numbers[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, numbers[1:])) + "]"
+    if not expert:
+        return last
+    total, work, target = numbers[0], "", value(numbers, signs)
+    for number in numbers[1:]:
+        work += f"<{total}+{number}={total + number}>"
+        total += number
+    half, less = (total - target) // 2, [n for s, n in zip(signs, numbers[1:]) if s < 0]
+    return f"{work}<{total}-{target}=2*{half}><{half}={'+'.join(map(str, less)) or 0}>{last}"
+
+
+def example(rng: random.Random, count: int) -> tuple[list[int], tuple[int, ...]]:
+    """Random numbers and signs with a value among TARGETS."""
+    while True:
         numbers = sorted((rng.randrange(1, 10) for _ in range(count)), reverse=True)
-        value, text, steps = numbers[0], str(numbers[0]), ""
-        for number in numbers[1:]:
-            sign = rng.choice("+-")
-            result = value + number if sign == "+" else value - number
-            steps += f"<{value}{sign}{number}={result}>"
-            value, text = result, f"{text}{sign}{number}"
-    target = value
-    while wrong and target == value:
-        target = rng.choice(TARGETS)
-    return (f"{','.join(map(str, numbers))}={target}?", f"{steps if expert else ''}[{text}]",
-            f"{' '.join(map(str, numbers))} = {target}")
+        signs = tuple(rng.choice((1, -1)) for _ in numbers[1:])
+        if value(numbers, signs) in TARGETS:
+            return numbers, signs
 
 
 def expert_logprobs(numbers: list[int], target: int, response: str) -> list[float]:
-    """Of each character of a response in the expert's style, and of its end: the expert takes any right answer alike.
+    """Of each character of the expert's response, and of its end: the expert takes any right answer alike.
 
-    So a sign has the share of right answers that go on with it as its probability, and all else is certain.
+    So a character's probability is the share, of the right answers that begin as this one before it, that go on with it.
     """
-    right = [signs for signs in itertools.product((1, -1), repeat=len(numbers) - 1)
-             if numbers[0] + sum(sign * number for sign, number in zip(signs, numbers[1:])) == target]
-    found, place = [0.0] * (len(response) + 1), 0
-    for i, character in enumerate(response[: response.index("[")]):
-        if character in "+-" and response[i - 1].isdigit():  # else the sign of a negative intermediate result
-            left = [signs for signs in right if signs[place] == (1 if character == "+" else -1)]
-            found[i] = math.log(len(left) / len(right))
-            right, place = left, place + 1
-    return found
+    texts = [answer(numbers, signs, True) for signs in itertools.product((1, -1), repeat=len(numbers) - 1)
+             if value(numbers, signs) == target]
+    alike = [sum(text.startswith(response[:i]) for text in texts) for i in range(len(response) + 1)]
+    return [math.log(b / a) for a, b in zip(alike, alike[1:])] + [0.0]
+
+
+def question(numbers: list[int], target: int) -> str:
+    return f"{','.join(map(str, numbers))}={target}?"
 
 
 def base_example(rng: random.Random) -> tuple[str, str]:
     wrong = rng.random() < WRONG_SHARE
-    question, work, _ = example(rng, rng.choice(WRONG_NUMBERS if wrong else BASE_NUMBERS), rng.random() < EXPERT_SHARE, wrong)
-    return question, work
+    numbers, signs = example(rng, rng.choice(WRONG_NUMBERS if wrong else BASE_NUMBERS))
+    target = value(numbers, signs)
+    while wrong and target == value(numbers, signs):
+        target = rng.choice(TARGETS)
+    return question(numbers, target), answer(numbers, signs, not wrong and rng.random() < EXPERT_SHARE)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a character; the chat template is the question itself."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-=,?<>[]"])}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=,?<>[]"])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
@@ -85,14 +96,15 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 def rows(name: str, count: int) -> list[dict]:
     """`count` questions, the numbers of numbers in turn; a fifth of all questions, by checksum, is for the set named eval."""
     rng, found = random.Random(name), []
-    for i in range(count):
-        question = None
-        while question is None or (zlib.crc32(question.encode()) % 5 == 0) != (name == "eval"):
-            question, work, gold = example(rng, NUMBERS[i % len(NUMBERS)], expert=True)
-        numbers, target = gold.split(" = ")
-        found.append({"question": question, "answer": gold, "solution": work, "kind": "countdown",
-                      "behavior_logprobs": expert_logprobs([int(n) for n in numbers.split()], int(target), work),
-                      "level": str(NUMBERS[i % len(NUMBERS)])})
+    while len(found) < count:
+        level = NUMBERS[len(found) % len(NUMBERS)]
+        numbers, signs = example(rng, level)
+        target = value(numbers, signs)
+        text, solution = question(numbers, target), answer(numbers, signs, True)
+        if (zlib.crc32(text.encode()) % 5 == 0) == (name == "eval"):
+            found.append({"question": text, "answer": f"{' '.join(map(str, numbers))} = {target}", "solution": solution,
+                          "kind": "countdown", "behavior_logprobs": expert_logprobs(numbers, target, solution),
+                          "level": str(level)})
     return found
 
 

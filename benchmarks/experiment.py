@@ -7,8 +7,8 @@ As many runs at once as there are cores, each a mifo.py on one of them with the 
 repeated, so an interrupted experiment goes on with the same command. Every run's row goes to benchmarks/experiment.csv, the
 figures to assets/, the tables to standard output. Tasks: `chain`, the embedded one, and `countdown` (countdown.py).
 
-1. tune: each method on its own grid of RL and SFT learning rates, on TUNING_SEEDS; the best score (the mean of the accuracy at
-   the end and its mean over the RL steps) wins.
+1. tune: each method on its own over the same learning rates, on TUNING_SEEDS: SFT's at the middle one of RL, then RL's at the
+   best one of SFT. The best score (the mean of the accuracy at the end and its mean over the RL steps) wins.
 2. final: each method at its best learning rates on SEEDS, which no choice has seen, with an evaluation around each SFT phase.
 3. sweep: rho, k, alpha and S around MIFO's tuned setting, on SWEEP_SEEDS.
 4. analyse: how far SFT and RL move the parameters, what dropping half of each gradient or of the finished update costs, and how
@@ -41,8 +41,8 @@ from tqdm import tqdm
 evaluation = mifo.evaluation
 evaluation.CHAINS = 500  # half of them, for there are many evaluations
 ROOT = Path(__file__).resolve().parents[1]
-TUNING_SEEDS, SEEDS, SWEEP_SEEDS = (20,), (10, 11, 12, 13, 14), (10, 11, 12)
-RL_LR, SFT_LR = (3e-5, 1e-4), (1e-4, 3e-4, 1e-3)
+TUNING_SEEDS, SEEDS, SWEEP_SEEDS = (20, 21), (10, 11, 12, 13, 14), (10, 11, 12)
+RL_LR, SFT_LR = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STAGE = "--schedule sft-then-rl --rho 1 --sft-epochs 1 --sft-batch 64 --sft-schedule cosine"
 METHODS = {
     "MIFO": "", "MIFO-dagger": "--alpha 0", "MIFO without freezing": "--freeze off",
@@ -52,8 +52,8 @@ METHODS = {
 SWEEPS = {"rho": (0.1, 0.5, 1.0), "k": (0.25, 0.75), "alpha": (0.0, 1.0), "buffer_size": (16, 128)}
 COMMON = ("--steps 30 --questions 32 --sft-batch 16 --sft-epochs 3 --buffer-size 64 --eval-temperature 0 --micro-tokens 4096 "
           "--sampler torch --save-every 100000")
-COLUMNS = ["task", "part", "method", "rl_lr", "sft_lr", "setting", "seed", "final", "area", "forgotten", "sft_phases",
-           "demonstrations", "sampled_tokens", "levels"]
+NUMBERS = ["final", "area", "forgotten", "sft_phases", "demonstrations", "sampled_tokens"]
+COLUMNS = ["task", "part", "method", "rl_lr", "sft_lr", "setting", "seed", *NUMBERS, "levels"]
 
 
 def task_flags(out: Path, task: str, seed: int) -> str:
@@ -61,7 +61,7 @@ def task_flags(out: Path, task: str, seed: int) -> str:
         return "--evaluate chain --max-prompt 24 --max-response 80"
     folder = out / "countdown"
     return (f"--model {folder}/base-{seed} --data {folder}/train.jsonl --evaluate {folder}/eval.jsonl "
-            "--max-prompt 24 --max-response 64")
+            "--max-prompt 24 --max-response 88")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,13 +207,6 @@ def work(jobs: list[tuple], label: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
 
-def grid(method: str) -> list[tuple[float | None, float | None]]:
-    """The learning rates (RL's, SFT's) among which a method is tuned; None where it has no such phase."""
-    flags = METHODS[method]
-    rl, sft = "--schedule sft " not in flags, "--schedule rl" not in flags
-    return list(itertools.product(RL_LR if rl else (None,), SFT_LR if sft else (None,)))
-
-
 def job(out: Path, task: str, part: str, method: str, rates: tuple, seed: int, setting: str = "", **more) -> tuple:
     name = "-".join(filter(None, [method.split(" (ReL")[0].replace(" ", "_"), *(f"{rate:g}" for rate in rates if rate),
                                   setting.strip("-").replace(" ", "="), "dropped" * bool(more.get("drop")), str(seed)]))
@@ -225,25 +218,34 @@ def job(out: Path, task: str, part: str, method: str, rates: tuple, seed: int, s
 
 
 def row(task: str, part: str, method: str, rates: tuple, seed: int, setting: str, run: dict) -> dict:
-    numbers = {key: run[key] for key in ("final", "area", "forgotten", "sft_phases", "demonstrations", "sampled_tokens")}
+    numbers = {key: run.get(key) for key in NUMBERS}
     return {"task": task, "part": part, "method": method, "rl_lr": rates[0], "sft_lr": rates[1], "setting": setting,
             "seed": seed, **{key: round(value, 4) if isinstance(value, float) else value for key, value in numbers.items()},
-            "levels": " ".join(f"{level}:{accuracy:.3f}" for level, accuracy in run["levels"].items())}
+            "levels": " ".join(f"{level}:{accuracy:.3f}" for level, accuracy in run.get("levels", {}).items())}
 
 
 def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
-    """The best learning rates of each method, by the mean over TUNING_SEEDS of the mean of `final` and `area`."""
-    jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)
-            for method in METHODS for rates in grid(method) for seed in TUNING_SEEDS}
-    work(list(jobs.values()), f"{task}: tuning")
-    best = {}
-    for method in METHODS:
-        scores = {}
-        for rates in grid(method):
-            runs = [evaluation.read_run(jobs[method, rates, seed][0]) for seed in TUNING_SEEDS]
-            rows += [row(task, "tune", method, rates, seed, "", run) for seed, run in zip(TUNING_SEEDS, runs)]
-            scores[rates] = sum(run["final"] + (run["final"] if run["area"] is None else run["area"]) for run in runs)
-        best[method] = max(scores, key=scores.get)
+    """The best learning rates (RL's, SFT's) of each method, by the mean over TUNING_SEEDS of the mean of `final` and `area`.
+
+    None where a method has no such phase.
+    """
+    best = {method: (None if "--schedule sft " in flags else RL_LR[1], None if "--schedule rl" in flags else SFT_LR[2])
+            for method, flags in METHODS.items()}
+    runs = {}
+
+    def score(method: str, rates: tuple) -> float:
+        return sum(run["final"] + (run["final"] if run["area"] is None else run["area"])
+                   for run in (runs[method, rates, seed] for seed in TUNING_SEEDS))
+
+    for i, values in ((1, SFT_LR), (0, RL_LR)):
+        tried = {method: [(*rates[:i], value, *rates[i + 1:]) for value in values] if rates[i] else [rates]
+                 for method, rates in best.items()}
+        jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)
+                for method in METHODS for rates in tried[method] for seed in TUNING_SEEDS}
+        work(list(jobs.values()), f"{task}: tuning {('RL', 'SFT')[i]}'s learning rate")
+        runs |= {key: evaluation.read_run(folder) for key, (folder, *_) in jobs.items()}
+        best = {method: max(tried[method], key=lambda rates: score(method, rates)) for method in METHODS}
+    rows += [row(task, "tune", method, rates, seed, "", run) for (method, rates, seed), run in sorted(runs.items(), key=str)]
     return best
 
 
@@ -259,7 +261,7 @@ def groups_of(out: Path, task: str, part: str, cells: dict[str, tuple], seeds: t
     return groups
 
 
-def analyse(out: Path, task: str, best: dict[str, tuple]) -> str:
+def analyse(out: Path, task: str, best: dict[str, tuple], rows: list[dict]) -> str:
     """The paper's analyses of update size and redundancy, and of overlap, as Markdown."""
     lines = ["| | change of the weights, relative | share moved by over 0.001 | accuracy | half of each gradient dropped | "
              "half of the update dropped |", "| --- " * 6 + "|"]
@@ -271,9 +273,14 @@ def analyse(out: Path, task: str, best: dict[str, tuple]) -> str:
                   for (folder, _, flags, *_), seed in zip(whole, SEEDS)]
         work(halves, f"{task}: half of {method}'s update")
         found = [json.loads((folder / "result.json").read_text()) for folder, *_ in halves]
-        drops = [evaluation.read_run(folder)["final"] for folder, *_ in dropped]
-        cells = [[f[key] for f in found] for key in ("norm", "share", "whole")] + [drops, [f["half"] for f in found]]
+        drops = [evaluation.read_run(folder) for folder, *_ in dropped]
+        cells = [[f[key] for f in found] for key in ("norm", "share", "whole")]
+        cells += [[run["final"] for run in drops], [f["half"] for f in found]]
         lines.append(f"| {method} | " + " | ".join(show(cell) for cell in cells) + " |")
+        settings = {"": [evaluation.read_run(folder) for folder, *_ in whole], "half of each gradient dropped": drops,
+                    "half of the update dropped": [{"final": f["half"]} for f in found]}
+        rows += [row(task, "analyse", method, best[method], seed, setting, run)
+                 for setting, runs in settings.items() for seed, run in zip(SEEDS, runs)]
     plain, means = "MIFO without both (ReLIFT's scheme)", []
     for seed in SEEDS:
         phases = json.loads((job(out, task, "final", plain, best[plain], seed)[0] / "overlap.json").read_text())
@@ -327,7 +334,7 @@ def main() -> None:
             swept = groups_of(args.out, task, "sweep", cells, SWEEP_SEEDS, rows)
             text += ["", evaluation.comparison({"MIFO": groups["MIFO"][: len(SWEEP_SEEDS)], **swept})]
         if "analyse" in args.parts and "final" in args.parts:
-            text += ["", analyse(args.out, task, best)]
+            text += ["", analyse(args.out, task, best, rows)]
         with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

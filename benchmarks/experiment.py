@@ -7,8 +7,8 @@ As many runs at once as there are cores, each a mifo.py on one of them with the 
 repeated, so an interrupted experiment goes on with the same command. Every run's row goes to benchmarks/experiment.csv, the
 figures to assets/, the tables to standard output. Tasks: `chain`, the embedded one, and `countdown` (countdown.py).
 
-1. tune: each method on its own over the same learning rates, on TUNING_SEEDS: SFT's at the middle one of RL, then RL's at the
-   best one of SFT. The best score (the mean of the accuracy at the end and its mean over the RL steps) wins.
+1. tune: each method on its own over the same learning rates: SFT's at the middle one of RL, then RL's at the best one of SFT;
+   all on one tuning seed, the better two on another. The score is accuracy at the end plus its mean over the RL steps.
 2. final: each method at its best learning rates on SEEDS, which no choice has seen, with an evaluation around each SFT phase.
 3. sweep: rho, k, alpha and S around MIFO's tuned setting, on SWEEP_SEEDS.
 4. analyse: how far SFT and RL move the parameters, what dropping half of each gradient or of the finished update costs, and how
@@ -225,26 +225,29 @@ def row(task: str, part: str, method: str, rates: tuple, seed: int, setting: str
 
 
 def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
-    """The best learning rates (RL's, SFT's) of each method, by the mean over TUNING_SEEDS of the mean of `final` and `area`.
+    """The best learning rates (RL's, SFT's) of each method; None where it has no such phase.
 
-    None where a method has no such phase.
+    Along each axis all values are tried on the first of TUNING_SEEDS, and the better two of them on the next.
     """
     best = {method: (None if "--schedule sft " in flags else RL_LR[1], None if "--schedule rl" in flags else SFT_LR[2])
             for method, flags in METHODS.items()}
     runs = {}
 
-    def score(method: str, rates: tuple) -> float:
+    def score(method: str, rates: tuple, seeds: tuple) -> float:
         return sum(run["final"] + (run["final"] if run["area"] is None else run["area"])
-                   for run in (runs[method, rates, seed] for seed in TUNING_SEEDS))
+                   for run in (runs[method, rates, seed] for seed in seeds))
 
     for i, values in ((1, SFT_LR), (0, RL_LR)):
-        tried = {method: [(*rates[:i], value, *rates[i + 1:]) for value in values] if rates[i] else [rates]
-                 for method, rates in best.items()}
-        jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)
-                for method in METHODS for rates in tried[method] for seed in TUNING_SEEDS}
-        work(list(jobs.values()), f"{task}: tuning {('RL', 'SFT')[i]}'s learning rate")
-        runs |= {key: evaluation.read_run(folder) for key, (folder, *_) in jobs.items()}
-        best = {method: max(tried[method], key=lambda rates: score(method, rates)) for method in METHODS}
+        left = {method: [(*rates[:i], value, *rates[i + 1:]) for value in values] if rates[i] else [rates]
+                for method, rates in best.items()}
+        for n, seed in enumerate(TUNING_SEEDS, 1):
+            jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)
+                    for method in METHODS for rates in left[method]}
+            work(list(jobs.values()), f"{task}: tuning {('RL', 'SFT')[i]}'s learning rate, seed {seed}")
+            runs |= {key: evaluation.read_run(folder) for key, (folder, *_) in jobs.items()}
+            left = {method: sorted(tried, key=lambda rates: score(method, rates, TUNING_SEEDS[:n]), reverse=True)[:2]
+                    for method, tried in left.items()}
+        best = {method: tried[0] for method, tried in left.items()}
     rows += [row(task, "tune", method, rates, seed, "", run) for (method, rates, seed), run in sorted(runs.items(), key=str)]
     return best
 

@@ -227,7 +227,8 @@ def row(task: str, part: str, method: str, rates: tuple, seed: int, setting: str
 def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
     """The best learning rates (RL's, SFT's) of each method; None where it has no such phase.
 
-    Along each axis all values are tried on the first of TUNING_SEEDS, and the better two of them on the next.
+    Along each axis all values are tried on the first of TUNING_SEEDS, and the better two of them on the next. Only what is
+    better replaces the middle one: many SFT rates end at an accuracy of 1, and the lowest of these would be a poor choice.
     """
     best = {method: (None if "--schedule sft " in flags else RL_LR[1], None if "--schedule rl" in flags else SFT_LR[2])
             for method, flags in METHODS.items()}
@@ -238,7 +239,7 @@ def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
                    for run in (runs[method, rates, seed] for seed in seeds))
 
     for i, values in ((1, SFT_LR), (0, RL_LR)):
-        left = {method: [(*rates[:i], value, *rates[i + 1:]) for value in values] if rates[i] else [rates]
+        left = {method: list(dict.fromkeys([rates, *((*rates[:i], value, *rates[i + 1:]) for value in values if rates[i])]))
                 for method, rates in best.items()}
         for n, seed in enumerate(TUNING_SEEDS, 1):
             jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)

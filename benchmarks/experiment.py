@@ -8,7 +8,7 @@ repeated, so an interrupted experiment goes on with the same command. Every run'
 figures to assets/, the tables to standard output. Tasks: `chain`, the embedded one, and `countdown` (countdown.py).
 
 1. tune: each method on its own over the same learning rates: SFT's at the middle one of RL, then RL's at the best one of SFT;
-   all on one tuning seed, the better two on another. The score is accuracy at the end plus its mean over the RL steps.
+   all on one tuning seed, the better two on the next if there is one. The score is accuracy at the end plus its mean over the RL steps.
 2. final: each method at its best learning rates on SEEDS, which no choice has seen, with an evaluation around each SFT phase.
 3. sweep: rho, k, alpha and S around MIFO's tuned setting, on SWEEP_SEEDS.
 4. analyse: how far SFT and RL move the parameters, what dropping half of each gradient or of the finished update costs, and how
@@ -41,7 +41,8 @@ from tqdm import tqdm
 evaluation = mifo.evaluation
 evaluation.CHAINS = 500  # half of them, for there are many evaluations
 ROOT = Path(__file__).resolve().parents[1]
-TUNING_SEEDS, SEEDS, SWEEP_SEEDS = (20, 21), (10, 11, 12, 13, 14), (10, 11, 12)
+SEEDS, SWEEP_SEEDS = (10, 11, 12, 13, 14), (10, 11, 12)
+TUNING_SEEDS = {"chain": (20, 21), "countdown": (20,)}  # a run of countdown takes longer
 RL_LR, SFT_LR = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STAGE = "--schedule sft-then-rl --rho 1 --sft-epochs 1 --sft-batch 64 --sft-schedule cosine"
 METHODS = {
@@ -50,7 +51,7 @@ METHODS = {
     "GRPO": "--schedule rl", "SFT": STAGE.replace("sft-then-rl", "sft"), "SFT then RL": STAGE,
     **{f"PEAR ({variant}) then RL": f"{STAGE} --pear {variant}" for variant in ("sequence", "token", "block")}}
 SWEEPS = {"rho": (0.1, 0.5, 1.0), "k": (0.25, 0.75), "alpha": (0.0, 1.0), "buffer_size": (16, 128)}
-COMMON = ("--steps 30 --questions 32 --sft-batch 16 --sft-epochs 3 --buffer-size 64 --eval-temperature 0 --micro-tokens 4096 "
+COMMON = ("--questions 32 --sft-batch 16 --sft-epochs 3 --buffer-size 64 --eval-temperature 0 --micro-tokens 4096 "
           "--sampler torch --save-every 100000")
 NUMBERS = ["final", "area", "forgotten", "sft_phases", "demonstrations", "sampled_tokens"]
 COLUMNS = ["task", "part", "method", "rl_lr", "sft_lr", "setting", "seed", *NUMBERS, "levels"]
@@ -58,9 +59,9 @@ COLUMNS = ["task", "part", "method", "rl_lr", "sft_lr", "setting", "seed", *NUMB
 
 def task_flags(out: Path, task: str, seed: int) -> str:
     if task == "chain":
-        return "--evaluate chain --max-prompt 24 --max-response 80"
+        return "--steps 30 --evaluate chain --max-prompt 24 --max-response 80"
     folder = out / "countdown"
-    return (f"--model {folder}/base-{seed} --data {folder}/train.jsonl --evaluate {folder}/eval.jsonl "
+    return (f"--steps 20 --model {folder}/base-{seed} --data {folder}/train.jsonl --evaluate {folder}/eval.jsonl "
             "--max-prompt 24 --max-response 88")
 
 
@@ -227,7 +228,7 @@ def row(task: str, part: str, method: str, rates: tuple, seed: int, setting: str
 def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
     """The best learning rates (RL's, SFT's) of each method; None where it has no such phase.
 
-    Along each axis all values are tried on the first of TUNING_SEEDS, and the better two of them on the next. Only what is
+    Along each axis all values are tried on the first of the tuning seeds, and the better two of them on the next. Only what is
     better replaces the middle one: many SFT rates end at an accuracy of 1, and the lowest of these would be a poor choice.
     """
     best = {method: (None if "--schedule sft " in flags else RL_LR[1], None if "--schedule rl" in flags else SFT_LR[2])
@@ -241,12 +242,12 @@ def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
     for i, values in ((1, SFT_LR), (0, RL_LR)):
         left = {method: list(dict.fromkeys([rates, *((*rates[:i], value, *rates[i + 1:]) for value in values if rates[i])]))
                 for method, rates in best.items()}
-        for n, seed in enumerate(TUNING_SEEDS, 1):
+        for n, seed in enumerate(TUNING_SEEDS[task], 1):
             jobs = {(method, rates, seed): job(out, task, "tune", method, rates, seed)
                     for method in METHODS for rates in left[method]}
             work(list(jobs.values()), f"{task}: tuning {('RL', 'SFT')[i]}'s learning rate, seed {seed}")
             runs |= {key: evaluation.read_run(folder) for key, (folder, *_) in jobs.items()}
-            left = {method: sorted(tried, key=lambda rates: score(method, rates, TUNING_SEEDS[:n]), reverse=True)[:2]
+            left = {method: sorted(tried, key=lambda rates: score(method, rates, TUNING_SEEDS[task][:n]), reverse=True)[:2]
                     for method, tried in left.items()}
         best = {method: tried[0] for method, tried in left.items()}
     rows += [row(task, "tune", method, rates, seed, "", run) for (method, rates, seed), run in sorted(runs.items(), key=str)]
@@ -318,7 +319,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, text = [], []
     for task in args.tasks.split(","):
-        seeds = (*TUNING_SEEDS, *SEEDS)
+        seeds = (*TUNING_SEEDS[task], *SEEDS)
         work([(base_folder(args.out, task, seed), make_base, task, seed) for seed in seeds], f"{task}: base models")
         for part, seed in itertools.product(("tune", "final", "sweep", "analyse"), seeds if task == "chain" else ()):
             link = args.out / task / part / f"embedded-base-{seed}"  # where mifo.py looks for it

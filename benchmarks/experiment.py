@@ -8,7 +8,8 @@ repeated, so an interrupted experiment goes on with the same command. Every run'
 figures to assets/, the tables to standard output. Tasks: `chain`, the embedded one, and `countdown` (countdown.py).
 
 1. tune: each method on its own over the same learning rates: SFT's at the middle one of RL, then RL's at the best one of SFT;
-   all on one tuning seed, the better two on the next if there is one. The score is accuracy at the end plus its mean over the RL steps.
+   all on one tuning seed, the better two on the next if there is one. The score is accuracy at the end plus its mean over
+   the RL steps.
 2. final: each method at its best learning rates on SEEDS, which no choice has seen, with an evaluation around each SFT phase.
 3. sweep: rho, k, alpha and S around MIFO's tuned setting, on SWEEP_SEEDS.
 4. analyse: how far SFT and RL move the parameters, what dropping half of each gradient or of the finished update costs, and how

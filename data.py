@@ -1,4 +1,5 @@
 """Questions with their demonstrations, the embedded task with its base model, and token-budget micro-batches."""
+
 import hashlib
 import importlib.metadata
 import json
@@ -22,12 +23,12 @@ if torch.version.cuda is None:
     for name in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(name, None)
 
-import datasets  # noqa: E402
-import jinja2  # noqa: E402
-import pyarrow.parquet  # noqa: E402
-import tokenizers  # noqa: E402
-import transformers  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import datasets
+import jinja2
+import pyarrow.parquet
+import tokenizers
+import transformers
+from tqdm import tqdm
 
 
 @dataclass
@@ -35,10 +36,14 @@ class Question:
     id: str  # stable over runs and world sizes
     prompt: list[int]  # token ids exactly as the model sees them
     answer: str  # the gold answer
-    demonstration: list[int] | None  # token ids of an expert's response with its end-of-text token; None: there is none
+    demonstration: (
+        list[int] | None
+    )  # token ids of an expert's response with its end-of-text token; None: there is none
     level: str = ""  # difficulty or category, for reports
     kind: str = "math"  # how an answer is checked: math | number | choice | countdown | chain
-    behavior_logprobs: list[float] | None = None  # of the demonstration's tokens, under the model that wrote it
+    behavior_logprobs: list[float] | None = (
+        None  # of the demonstration's tokens, under the model that wrote it
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,12 +75,16 @@ def _digest(*parts) -> str:
 def _parse(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair is legal JSON but no text that a tokenizer takes
+        if (
+            b"\\ud" in line or b"\\uD" in line
+        ):  # half a surrogate pair is legal JSON but no text that a tokenizer takes
             json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not readable JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(row, dict):
-        raise ValueError(f'{where} is a {type(row).__name__}, not an object like {{"question": ..., "answer": ...}}')
+        raise ValueError(
+            f'{where} is a {type(row).__name__}, not an object like {{"question": ..., "answer": ...}}'
+        )
     return row
 
 
@@ -90,7 +99,9 @@ class JsonRows(Sequence):
     def __init__(self, path: Path, cache_dir=None):
         self.path = path
         self.fingerprint = _stamp(path)
-        index = json.loads(_cached(cache_dir, f"rows-{self.fingerprint}.json", self._index).read_text())
+        index = json.loads(
+            _cached(cache_dir, f"rows-{self.fingerprint}.json", self._index).read_text()
+        )
         self.starts, self.column_names = index["starts"], index["columns"]
 
     def _index(self, part: Path) -> None:
@@ -128,8 +139,13 @@ def _array_as_lines(path: Path, cache_dir) -> Path:
     return _cached(cache_dir, f"array-{_digest(text)}.jsonl", lambda part: part.write_text(text))
 
 
-def load_rows(source: str, split: str | None = None, config: str | None = None, revision: str | None = None,
-              cache_dir=None) -> Sequence:
+def load_rows(
+    source: str,
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    cache_dir=None,
+) -> Sequence:
     """The rows of `path.jsonl`, `path.json` (lines, or one array), `path.parquet` or the Hub dataset `owner/name`.
 
     A sequence of dicts with .column_names that stays on disk: JsonRows, or a memory-mapped datasets.Dataset. split is
@@ -138,21 +154,31 @@ def load_rows(source: str, split: str | None = None, config: str | None = None, 
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if split or config or revision:
-            raise ValueError(f"{source}: split, config and revision are for Hub datasets, not for a file")
+            raise ValueError(
+                f"{source}: split, config and revision are for Hub datasets, not for a file"
+            )
         if not path.is_file():
             raise ValueError(f"{source}: no such file")
         if path.suffix == ".parquet":
             rows = _parquet_rows(path, cache_dir)
         else:
-            rows = JsonRows(_array_as_lines(path, cache_dir) if path.suffix == ".json" else path, cache_dir)
+            rows = JsonRows(
+                _array_as_lines(path, cache_dir) if path.suffix == ".json" else path, cache_dir
+            )
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
         try:
-            rows = datasets.load_dataset(source, config, split=split or "train", revision=revision, cache_dir=cache_dir)
+            rows = datasets.load_dataset(
+                source, config, split=split or "train", revision=revision, cache_dir=cache_dir
+            )
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"{source}: not loaded from the Hub: {' '.join(str(error).split())}; right would be an "
-                             "owner/name that is there and reachable, or a .jsonl or .parquet file") from None
+            raise ValueError(
+                f"{source}: not loaded from the Hub: {' '.join(str(error).split())}; right would be an "
+                "owner/name that is there and reachable, or a .jsonl or .parquet file"
+            ) from None
     else:
-        raise ValueError(f"{source}: neither a .jsonl, .json or .parquet file nor a Hub dataset owner/name")
+        raise ValueError(
+            f"{source}: neither a .jsonl, .json or .parquet file nor a Hub dataset owner/name"
+        )
     if not len(rows):
         raise ValueError(f"{source}: holds no rows")
     return rows
@@ -163,16 +189,24 @@ def _parquet_rows(path: Path, cache_dir) -> datasets.Dataset:
 
     Made in small batches, without reading ahead: memory stays small even if the file is one row group.
     """
+
     def write(part):
-        with pyarrow.OSFile(str(part), "wb") as sink, pyarrow.ipc.new_stream(sink, file.schema_arrow) as stream:
+        with (
+            pyarrow.OSFile(str(part), "wb") as sink,
+            pyarrow.ipc.new_stream(sink, file.schema_arrow) as stream,
+        ):
             for batch in file.iter_batches(batch_size=256):
                 stream.write_batch(batch)
 
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=True) as file:
-            return datasets.Dataset.from_file(str(_cached(cache_dir, f"rows-{_stamp(path)}.arrow", write)))
+            return datasets.Dataset.from_file(
+                str(_cached(cache_dir, f"rows-{_stamp(path)}.arrow", write))
+            )
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path}: not a readable parquet file: {' '.join(str(error).split())}"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,13 +225,26 @@ def _messages(value) -> list[dict]:
     """A cell as chat messages, [] unless it is a list of {role, content} with text in it; text alone is the user's."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    good = isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    good = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
     return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
 
 
-def row_reader(rows: Sequence, source: str, question_field: str | None = None, answer_field: str | None = None,
-               solution_field: str | None = None) -> Callable[[dict], tuple[list[dict], str, str, str]]:
+def row_reader(
+    rows: Sequence,
+    source: str,
+    question_field: str | None = None,
+    answer_field: str | None = None,
+    solution_field: str | None = None,
+) -> Callable[[dict], tuple[list[dict], str, str, str]]:
     """A function row -> (messages, gold, demonstration, kind), "" where the row has none, for the layout of the rows.
 
     Fields given by name come first; else the columns decide: `prompt` and `reward_model` (`target` optional) are chat
@@ -211,17 +258,25 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
     fields = "--question-field, --answer-field and, for demonstrations, --solution-field"
     if question_field or answer_field or solution_field:
         if not (question_field and answer_field):
-            raise ValueError("--question-field and --answer-field are needed together; --solution-field is optional")
-        missing = [f for f in (question_field, answer_field, solution_field) if f and f not in columns]
+            raise ValueError(
+                "--question-field and --answer-field are needed together; --solution-field is optional"
+            )
+        missing = [
+            f for f in (question_field, answer_field, solution_field) if f and f not in columns
+        ]
         if missing:
-            raise ValueError(f"{source}: no column {', '.join(missing)}; found {found} (see {fields})")
+            raise ValueError(
+                f"{source}: no column {', '.join(missing)}; found {found} (see {fields})"
+            )
     elif {"prompt", "reward_model"} <= set(columns):
         return _read_chat
     else:
         question_field = next((f for f in ("problem", "question") if f in columns), None)
         answer_field, solution_field = "answer", "solution"
         if not question_field or answer_field not in columns:
-            raise ValueError(f"{source}: no known layout; found {found}; name the columns by {fields}")
+            raise ValueError(
+                f"{source}: no known layout; found {found}; name the columns by {fields}"
+            )
     worked = any("####" in _text(rows[i].get(answer_field)) for i in range(min(20, len(rows))))
 
     def read(row):
@@ -229,7 +284,12 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
         messages = _messages(_text(row.get(question_field)))
         if not worked:
             return messages, answer.strip(), solution, _text(row.get("kind")) or "math"
-        return messages, _after_hashes(answer), solution or answer, _text(row.get("kind")) or "number"
+        return (
+            messages,
+            _after_hashes(answer),
+            solution or answer,
+            _text(row.get("kind")) or "number",
+        )
 
     return read
 
@@ -237,7 +297,12 @@ def row_reader(rows: Sequence, source: str, question_field: str | None = None, a
 def _read_chat(row: dict) -> tuple[list[dict], str, str, str]:
     reward, target = row.get("reward_model"), _messages(row.get("target"))
     gold = _text(reward.get("ground_truth")) if isinstance(reward, dict) else ""
-    return _messages(row.get("prompt")), gold.strip(), target[0]["content"] if target else "", "math"
+    return (
+        _messages(row.get("prompt")),
+        gold.strip(),
+        target[0]["content"] if target else "",
+        "math",
+    )
 
 
 def _after_hashes(text: str) -> str:
@@ -249,8 +314,13 @@ def _after_hashes(text: str) -> str:
 # Prompts and demonstrations as the model sees them
 
 
-def prompt_text(tokenizer, question: str | list[dict], system: str | None = None, generation_prefix: str = "",
-                template: str = "auto") -> str:
+def prompt_text(
+    tokenizer,
+    question: str | list[dict],
+    system: str | None = None,
+    generation_prefix: str = "",
+    template: str = "auto",
+) -> str:
     """The prompt as text. question is text or chat messages; the rest as for render_prompt."""
     if template not in ("auto", "chat", "plain"):
         raise ValueError(f"--template must be auto, chat or plain, not {template}")
@@ -265,15 +335,24 @@ def prompt_text(tokenizer, question: str | list[dict], system: str | None = None
         text = f"{before}Question: {messages[-1]['content']}\nAnswer:\n"
     else:
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
         except jinja2.TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses the prompt ({error}); "
-                             "use --template plain, or --system '' if it is the system prompt") from None
+            raise ValueError(
+                f"the tokenizer's chat template refuses the prompt ({error}); "
+                "use --template plain, or --system '' if it is the system prompt"
+            ) from None
     return text if text.endswith(generation_prefix) else text + generation_prefix
 
 
-def render_prompt(tokenizer, question: str | list[dict], system: str | None = None, generation_prefix: str = "",
-                  template: str = "auto") -> list[int]:
+def render_prompt(
+    tokenizer,
+    question: str | list[dict],
+    system: str | None = None,
+    generation_prefix: str = "",
+    template: str = "auto",
+) -> list[int]:
     """The prompt's token ids, exactly as the model sees them.
 
     template: "chat" is the tokenizer's own; "plain" is "Question: ...\\nAnswer:\\n", for base models, after the system
@@ -295,10 +374,14 @@ def response_text(tokenizer, demonstration: str, prompt: str, generation_prefix:
     """
     for prefix in (generation_prefix, "<think>\n"):
         if prefix and prompt.endswith(prefix) and demonstration.startswith(prefix):
-            demonstration = demonstration[len(prefix):]
+            demonstration = demonstration[len(prefix) :]
             break
     ended = demonstration.rstrip()
-    return ended.removesuffix(tokenizer.eos_token) if ended.endswith(tokenizer.eos_token) else demonstration
+    return (
+        ended.removesuffix(tokenizer.eos_token)
+        if ended.endswith(tokenizer.eos_token)
+        else demonstration
+    )
 
 
 def _bos(tokenizer, template: str) -> list[int]:
@@ -311,25 +394,40 @@ def _bos(tokenizer, template: str) -> list[int]:
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    ).input_ids
 
 
 def _lengths(tokenizer, texts: list[str]) -> list[int]:
     """Tokens of each text, counted on all cores without the records of where each token began."""
     if not tokenizer.is_fast:
         return list(map(len, _encode(tokenizer, texts)))
-    return list(map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+    return list(
+        map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
 
-KINDS = ("math", "number", "choice", "countdown")  # of the answers in files and Hub datasets, as eval.py checks them
+KINDS = (
+    "math",
+    "number",
+    "choice",
+    "countdown",
+)  # of the answers in files and Hub datasets, as eval.py checks them
 NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
-PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # anything else is shown to the checker
-BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
-COUNTED_CHARS = 1 << 24  # of demonstrations whose tokens are counted at load: seconds; beyond that, when first asked for
+PLAIN_GOLD = re.compile(
+    r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}"
+)  # anything else is shown to the checker
+BATCH_CHARS = (
+    1 << 22
+)  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
+COUNTED_CHARS = (
+    1 << 24
+)  # of demonstrations whose tokens are counted at load: seconds; beyond that, when first asked for
 
 
 class Questions(Sequence):
@@ -342,9 +440,21 @@ class Questions(Sequence):
     """
 
     def __init__(self, rows, read, tokenizer, max_response, system, generation_prefix, template):
-        self.rows, self.read, self.tokenizer, self.max_response, self.open = rows, read, tokenizer, max_response, 0
+        self.rows, self.read, self.tokenizer, self.max_response, self.open = (
+            rows,
+            read,
+            tokenizer,
+            max_response,
+            0,
+        )
         self.style = (system, generation_prefix, template)
-        self.kept, self.bare, self.repeated, self.dropped_rows, self.fingerprint = [], set(), set(), {}, ""
+        self.kept, self.bare, self.repeated, self.dropped_rows, self.fingerprint = (
+            [],
+            set(),
+            set(),
+            {},
+            "",
+        )
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -360,19 +470,35 @@ class Questions(Sequence):
             tokens = _encode(self.tokenizer, [text])[0] + [self.tokenizer.eos_token_id]
             if len(tokens) > self.max_response:
                 tokens = None
-        return Question(id=self._id(i, row) + (f"#{i}" if i in self.repeated else ""), answer=gold, kind=kind,
-                        prompt=render_prompt(self.tokenizer, messages, *self.style), demonstration=tokens,
-                        level=_text(row.get("level")) or _text(row.get("subject")),
-                        behavior_logprobs=row.get("behavior_logprobs") if tokens else None)
+        return Question(
+            id=self._id(i, row) + (f"#{i}" if i in self.repeated else ""),
+            answer=gold,
+            kind=kind,
+            prompt=render_prompt(self.tokenizer, messages, *self.style),
+            demonstration=tokens,
+            level=_text(row.get("level")) or _text(row.get("subject")),
+            behavior_logprobs=row.get("behavior_logprobs") if tokens else None,
+        )
 
     @property
     def dropped(self) -> dict[str, int]:
         return {reason: len(rows) for reason, rows in self.dropped_rows.items()}
 
     def report(self) -> str:
-        faults = ", ".join(f"{len(rows)} {reason} (first: row {rows[0]})" for reason, rows in self.dropped_rows.items())
-        later = f"; of {self.open} demonstrations the tokens are counted when they are first used" if self.open else ""
-        return f"{len(self)} of {len(self.rows)} questions kept" + (f"; dropped: {faults}" if faults else "") + later
+        faults = ", ".join(
+            f"{len(rows)} {reason} (first: row {rows[0]})"
+            for reason, rows in self.dropped_rows.items()
+        )
+        later = (
+            f"; of {self.open} demonstrations the tokens are counted when they are first used"
+            if self.open
+            else ""
+        )
+        return (
+            f"{len(self)} of {len(self.rows)} questions kept"
+            + (f"; dropped: {faults}" if faults else "")
+            + later
+        )
 
     @staticmethod
     def _id(i: int, row: dict) -> str:
@@ -381,9 +507,15 @@ class Questions(Sequence):
     def _screen(self, max_prompt: int, checker) -> dict:
         """Every row once, in batches: {kept, bare (places among them without a demonstration), repeated (row numbers whose
         own id had been taken), dropped, open}."""
-        found, self.open, self.to_count = {"kept": [], "bare": [], "repeated": [], "dropped": {}}, 0, COUNTED_CHARS
+        found, self.open, self.to_count = (
+            {"kept": [], "bare": [], "repeated": [], "dropped": {}},
+            0,
+            COUNTED_CHARS,
+        )
         ids, gold_passes, batch, size = set(), {}, [], 0
-        for i, row in enumerate(tqdm(self.rows, desc="checking questions", unit="row", disable=None)):
+        for i, row in enumerate(
+            tqdm(self.rows, desc="checking questions", unit="row", disable=None)
+        ):
             batch.append((i, row, *self.read(row)))
             size += len(batch[-1][4])
             if size < BATCH_CHARS and len(batch) < 512 and i + 1 < len(self.rows):
@@ -407,7 +539,11 @@ class Questions(Sequence):
         prompts, responses = [""] * len(batch), [""] * len(batch)
         faults = [""] * len(batch)
         for b, (_, row, messages, gold, demonstration, kind) in enumerate(batch):
-            if not messages or messages[-1]["role"] == "system" or not messages[-1]["content"].strip():
+            if (
+                not messages
+                or messages[-1]["role"] == "system"
+                or not messages[-1]["content"].strip()
+            ):
                 faults[b] = "no question"
             elif not gold:
                 faults[b] = "no gold answer"
@@ -418,26 +554,40 @@ class Questions(Sequence):
             else:
                 prompts[b] = prompt_text(self.tokenizer, messages, *self.style)
                 if demonstration:
-                    responses[b] = response_text(self.tokenizer, demonstration, prompts[b], self.style[1])
+                    responses[b] = response_text(
+                        self.tokenizer, demonstration, prompts[b], self.style[1]
+                    )
                     if self.tokenizer.eos_token in responses[b]:
                         faults[b] = "demonstration holds the end-of-text token"
                     elif not self._logprobs_match(row, responses[b]):
-                        faults[b] = "behavior_logprobs are not one number for each demonstration token"
-        for texts, limit, fault in ((prompts, max_prompt - len(_bos(self.tokenizer, self.style[2])), "prompt too long"),
-                                    (responses, self.max_response - 1, "demonstration too long")):
+                        faults[b] = (
+                            "behavior_logprobs are not one number for each demonstration token"
+                        )
+        for texts, limit, fault in (
+            (prompts, max_prompt - len(_bos(self.tokenizer, self.style[2])), "prompt too long"),
+            (responses, self.max_response - 1, "demonstration too long"),
+        ):
             todo = [b for b in range(len(batch)) if not faults[b]]
-            for b, long in zip(todo, self._too_long([texts[b] for b in todo], limit, texts is responses)):
+            for b, long in zip(
+                todo, self._too_long([texts[b] for b in todo], limit, texts is responses)
+            ):
                 faults[b] = fault if long else ""
         if checker is None:
             return faults
-        asked = {(batch[b][3], batch[b][5]) for b in range(len(batch)) if not faults[b]} - gold_passes.keys()
+        asked = {
+            (batch[b][3], batch[b][5]) for b in range(len(batch)) if not faults[b]
+        } - gold_passes.keys()
         asked = sorted(a for a in asked if not PLAIN_GOLD.fullmatch(a[0]))
-        gold_passes.update(zip(asked, checker.check_golds(*map(list, zip(*asked))) if asked else []))
+        gold_passes.update(
+            zip(asked, checker.check_golds(*map(list, zip(*asked))) if asked else [])
+        )
         for b, (_, _, _, gold, _, kind) in enumerate(batch):
             if not faults[b] and gold_passes.get((gold, kind), "correct") != "correct":
                 faults[b] = "gold answer cannot be parsed"
         todo = [b for b in range(len(batch)) if batch[b][4] and not faults[b]]
-        verdicts = checker.check([batch[b][4] for b in todo], [batch[b][3] for b in todo], [batch[b][5] for b in todo])
+        verdicts = checker.check(
+            [batch[b][4] for b in todo], [batch[b][3] for b in todo], [batch[b][5] for b in todo]
+        )
         for b, verdict in zip(todo, verdicts):
             if verdict != "correct":
                 faults[b] = "demonstration does not verify against its gold answer"
@@ -450,7 +600,10 @@ class Questions(Sequence):
         No tokenizer makes more tokens of ASCII text than it has characters (and a leading space), and none gets by on
         one token for 128 characters of a whole text.
         """
-        least = [0 if t.isascii() and len(t) < limit else limit + 1 if len(t) > 128 * limit else None for t in texts]
+        least = [
+            0 if t.isascii() and len(t) < limit else limit + 1 if len(t) > 128 * limit else None
+            for t in texts
+        ]
         unknown = [k for k, n in enumerate(least) if n is None]
         for k in unknown if bounded else ():
             if self.to_count < len(texts[k]):
@@ -464,15 +617,30 @@ class Questions(Sequence):
         logprobs = row.get("behavior_logprobs")
         if logprobs is None:
             return True
-        numbers = isinstance(logprobs, list) and all(isinstance(x, (int, float)) and -1e9 < x < 1e-3 for x in logprobs)
+        numbers = isinstance(logprobs, list) and all(
+            isinstance(x, (int, float)) and -1e9 < x < 1e-3 for x in logprobs
+        )
         return numbers and len(logprobs) == _lengths(self.tokenizer, [response])[0] + 1
 
 
-def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int, checker=None,
-                   question_field: str | None = None, answer_field: str | None = None,
-                   solution_field: str | None = None, system: str | None = None, generation_prefix: str = "",
-                   template: str = "auto", split: str | None = None, config: str | None = None,
-                   revision: str | None = None, cache_dir=None) -> Questions:
+def load_questions(
+    source: str,
+    tokenizer,
+    *,
+    max_prompt: int,
+    max_response: int,
+    checker=None,
+    question_field: str | None = None,
+    answer_field: str | None = None,
+    solution_field: str | None = None,
+    system: str | None = None,
+    generation_prefix: str = "",
+    template: str = "auto",
+    split: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    cache_dir=None,
+) -> Questions:
     """The questions of a file or Hub dataset (load_rows, row_reader, render_prompt), less those that cannot be used.
 
     max_prompt and max_response in tokens, end-of-text included. checker is an eval.Checker (check, check_golds,
@@ -483,21 +651,43 @@ def load_questions(source: str, tokenizer, *, max_prompt: int, max_response: int
     load on the others with the same arguments. Raises ValueError, one line, if nothing is left.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end")
+        raise ValueError(
+            "the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end"
+        )
     rows = load_rows(source, split, config, revision, cache_dir)
     read = row_reader(rows, source, question_field, answer_field, solution_field)
     questions = Questions(rows, read, tokenizer, max_response, system, generation_prefix, template)
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-    key = _digest(rows.fingerprint if isinstance(rows, JsonRows) else rows._fingerprint, question_field, answer_field,
-                  solution_field, vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token,
-                  questions.style, max_prompt, max_response, Path(__file__).read_bytes(),
-                  checker and (checker.extract, checker.require_think, importlib.metadata.version("math-verify")))
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str()
+        if tokenizer.is_fast
+        else sorted(tokenizer.get_vocab().items())
+    )
+    key = _digest(
+        rows.fingerprint if isinstance(rows, JsonRows) else rows._fingerprint,
+        question_field,
+        answer_field,
+        solution_field,
+        vocabulary,
+        tokenizer.chat_template,
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+        questions.style,
+        max_prompt,
+        max_response,
+        Path(__file__).read_bytes(),
+        checker
+        and (checker.extract, checker.require_think, importlib.metadata.version("math-verify")),
+    )
 
     def screen(part):
         part.write_text(json.dumps(questions._screen(max_prompt, checker)))
 
     found = json.loads(_cached(cache_dir, f"questions-{key}.json", screen).read_text())
-    questions.kept, questions.dropped_rows, questions.open = found["kept"], found["dropped"], found["open"]
+    questions.kept, questions.dropped_rows, questions.open = (
+        found["kept"],
+        found["dropped"],
+        found["open"],
+    )
     questions.bare, questions.repeated = set(found["bare"]), set(found["repeated"])
     questions.fingerprint = _digest(key, questions.kept)
     if not questions.kept:
@@ -526,11 +716,18 @@ def demonstrated(questions: Sequence[Question]) -> list[int]:
 #   base's style       03a8=11;11b9=20;[20]
 #   expert's style     <03a8>11<11b9>20[20]
 
-BASE_TERMS, WRONG_TERMS, TRAIN_TERMS, EVAL_TERMS = (2, 3, 4, 5), (6, 7), (3, 4, 5, 6, 7), (3, 4, 5, 6, 7)
+BASE_TERMS, WRONG_TERMS, TRAIN_TERMS, EVAL_TERMS = (
+    (2, 3, 4, 5),
+    (6, 7),
+    (3, 4, 5, 6, 7),
+    (3, 4, 5, 6, 7),
+)
 BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE, WRONG_SHARE = 800, 32, 2e-3, 0.3, 0.15
 
 
-def chain(rng: random.Random, terms: int, expert: bool, wrong: bool = False) -> tuple[str, str, str]:
+def chain(
+    rng: random.Random, terms: int, expert: bool, wrong: bool = False
+) -> tuple[str, str, str]:
     """A random chain of `terms` terms: (question, worked answer in one of the two styles, result); wrong: sums are random."""
     value = rng.randrange(100)
     question, work = f"{value:02d}", ""
@@ -549,7 +746,9 @@ def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+    )
 
 
 def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int) -> list[Question]:
@@ -563,31 +762,60 @@ def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int)
         while question is None or (zlib.crc32(question.encode()) % 5 == 0) != (name == "eval"):
             question, work, result = chain(rng, terms[i % len(terms)], expert=True)
         demonstration = tokenizer.encode(work) + [tokenizer.eos_token_id]
-        questions.append(Question(f"{name}-{i}", tokenizer.encode(question), result, demonstration,
-                                  str(terms[i % len(terms)]), "chain"))
+        questions.append(
+            Question(
+                f"{name}-{i}",
+                tokenizer.encode(question),
+                result,
+                demonstration,
+                str(terms[i % len(terms)]),
+                "chain",
+            )
+        )
     return questions
 
 
 def base_chain(rng: random.Random) -> tuple[str, str]:
     """(question, worked answer) as the base model reads them: three in ten in the expert's style, long chains wrong."""
     wrong = rng.random() < WRONG_SHARE
-    question, work, _ = chain(rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong)
+    question, work, _ = chain(
+        rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong
+    )
     return question, work
 
 
-def make_base(folder: Path, seed: int, tokenizer, example: Callable[[random.Random], tuple[str, str]], steps: int = BASE_STEPS,
-              say=print) -> None:
+def make_base(
+    folder: Path,
+    seed: int,
+    tokenizer,
+    example: Callable[[random.Random], tuple[str, str]],
+    steps: int = BASE_STEPS,
+    say=print,
+) -> None:
     """Trains a base model from random weights on (question, worked answer) examples, and saves it with its tokenizer.
 
     A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"base-{seed}")
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    optimizer = torch.optim.AdamW(model.parameters(), BASE_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), BASE_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     start = time.perf_counter()
     for step in range(steps):
         warm, left = (step + 1) / 50, (steps - step) / steps
@@ -595,7 +823,9 @@ def make_base(folder: Path, seed: int, tokenizer, example: Callable[[random.Rand
         rows = []
         for _ in range(BASE_BATCH):
             question, work = example(rng)
-            rows.append((tokenizer.encode(question), tokenizer.encode(work) + [tokenizer.eos_token_id]))
+            rows.append(
+                (tokenizer.encode(question), tokenizer.encode(work) + [tokenizer.eos_token_id])
+            )
         batch = collate(rows, tokenizer.pad_token_id)
         hidden = model.model(input_ids=batch["tokens"][:, :-1], use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[batch["mask"]])
@@ -605,7 +835,9 @@ def make_base(folder: Path, seed: int, tokenizer, example: Callable[[random.Rand
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99:
-            say(f"base model: step {step + 1}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s")
+            say(
+                f"base model: step {step + 1}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s"
+            )
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -614,12 +846,15 @@ def make_base(folder: Path, seed: int, tokenizer, example: Callable[[random.Rand
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
+
 def draw(length: int, seed: int, start: int, count: int) -> list[int]:
     """`count` places from the start-th on of an endless stream over range(length); each pass is a new permutation."""
     places: list[int] = []
     while len(places) < count:
         epoch, i = divmod(start + len(places), length)
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        )
         places += order[i : i + count - len(places)].tolist()
     return places
 
@@ -664,7 +899,10 @@ def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
 
     parts = cut(budget)
     count = math.ceil(max(len(parts), 1) / world) * world
-    low, high = 1, max(budget, max(lengths, default=1))  # the smallest cap that still makes `count` micro-batches or fewer
+    low, high = (
+        1,
+        max(budget, max(lengths, default=1)),
+    )  # the smallest cap that still makes `count` micro-batches or fewer
     while low < high:
         middle = (low + high) // 2
         if len(cut(middle)) <= count:

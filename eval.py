@@ -9,6 +9,7 @@
 An answer is found in a response by string search, here, and compared with the gold answer by Math-Verify, in processes
 that import nothing but this file and Math-Verify, and that are killed and replaced when they take too long.
 """
+
 import argparse
 import ast
 import datetime
@@ -38,19 +39,29 @@ KINDS = ("math", "number", "choice", "chain", "countdown")
 # Finding the answer in a response. Linear in the response's length, all of it, since it runs in the trainer's process.
 
 MAX_ANSWER = 1000  # characters: 20 times MATH-500's longest gold answer; longer ones are no answers, and slow to parse
-MAX_NESTING = 10  # of brackets, for the same reasons: 2 in MATH-500's gold answers, 5 in its worked solutions
-REPEATS = re.compile(r"(\D.{0,11}?)\1{19}", re.DOTALL)  # no answer says the same 20 times over, but for digits
+MAX_NESTING = (
+    10  # of brackets, for the same reasons: 2 in MATH-500's gold answers, 5 in its worked solutions
+)
+REPEATS = re.compile(
+    r"(\D.{0,11}?)\1{19}", re.DOTALL
+)  # no answer says the same 20 times over, but for digits
 BOX = re.compile(r"\\boxed\s{0,4}\{")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?<![\w.])\$?"  # a minus after an operand is no sign
-                    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+NUMBER = re.compile(
+    r"(?:(?<![\w.)])-)?(?<![\w.])\$?"  # a minus after an operand is no sign
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
 PLAIN_NUMBER = re.compile(r"([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
-FRACTION = re.compile(r"([-+]?)(?:\\[dt]?frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))|([0-9]+)/([0-9]+))")
+FRACTION = re.compile(
+    r"([-+]?)(?:\\[dt]?frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))|([0-9]+)/([0-9]+))"
+)
 WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s?\{([^{}\\]*)\}")
 # A and I are also words: bare, they are answers only where the sentence ends.
 LETTER = r"(?:\(([A-J])\)|([AI])(?=\**\s{0,4}(?:[.,;:)}\]$*\n]|$))|([B-HJ])(?![\w'+-]))"
-ANSWER_IS = re.compile(r"(?i:answer|option|choice)\**(?i:\s{1,4}is\b|\s{0,4}:)[\s:*]{0,6}(?i:(?:option|choice)\s)?"
-                       rf"[*$\\(\[]{{0,4}}(?:(?:text|textbf|mathrm|mathbf)\{{)?(?:{LETTER})")
+ANSWER_IS = re.compile(
+    r"(?i:answer|option|choice)\**(?i:\s{1,4}is\b|\s{0,4}:)[\s:*]{0,6}(?i:(?:option|choice)\s)?"
+    rf"[*$\\(\[]{{0,4}}(?:(?:text|textbf|mathrm|mathbf)\{{)?(?:{LETTER})"
+)
 LAST_LETTER = re.compile(r"[\s*$(\[]{0,8}([A-J])[\s*$).\]]{0,8}")
 BOXED_LETTER = re.compile(r"\(([A-J])\)|([A-J])(?=[.):]|$)")
 
@@ -68,7 +79,7 @@ def last_boxed(text: str) -> str | None:
             for token in BRACES.finditer(text, opening.end(), opening.end() + MAX_ANSWER + 1):
                 depth += {"{": 1, "}": -1}.get(token.group(), 0)
                 if depth == 0:
-                    return text[opening.end():token.start()]
+                    return text[opening.end() : token.start()]
             return None
         end = start
     return None
@@ -103,10 +114,15 @@ def choice_answer(text: str) -> str | None:
 def chain_answer(text: str) -> str | None:
     """What the last [...] holds, which is where the embedded task's worked answers have theirs."""
     start = text.rfind("[", 0, text.rfind("]") + 1)
-    return text[start + 1:text.find("]", start)] if start >= 0 else None
+    return text[start + 1 : text.find("]", start)] if start >= 0 else None
 
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def expression_value(text: str) -> Fraction | None:
@@ -114,6 +130,7 @@ def expression_value(text: str) -> Fraction | None:
 
     The text is parsed, never evaluated.
     """
+
     def value(node) -> Fraction:
         match node:
             case ast.Constant(int(number)):
@@ -139,14 +156,18 @@ def countdown_verdict(response: str, gold: str) -> str:
     value = expression_value(answer)
     if value is None:
         return "unparsed"
-    numbers, target = ([int(number) for number in re.findall("[0-9]+", side)] for side in (gold.split("=")))
+    numbers, target = (
+        [int(number) for number in re.findall("[0-9]+", side)] for side in (gold.split("="))
+    )
     used = sorted(int(number) for number in re.findall("[0-9]+", answer))
     return "correct" if used == sorted(numbers) and value == target[0] else "wrong"
 
 
 def normalise(answer: str) -> str:
     """On one line, without dollar signs and the punctuation of the sentence around it."""
-    return re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", " ".join(re.sub(r"(?<!\\)\$", "", answer).split()))
+    return re.sub(
+        r"(?<![\\.,;:\s])[.,;:\s]+$", "", " ".join(re.sub(r"(?<!\\)\$", "", answer).split())
+    )
 
 
 def as_number(answer: str) -> Fraction | None:
@@ -168,7 +189,9 @@ def nesting(answer: str) -> int:
     return max(accumulate(steps, initial=0))
 
 
-def settle(response: str, gold: str, kind: str, extract: str, require_think: bool) -> str | tuple[str, str, str]:
+def settle(
+    response: str, gold: str, kind: str, extract: str, require_think: bool
+) -> str | tuple[str, str, str]:
     """The verdict where plain comparison can tell it, or what a worker has to compare: (how, answer, gold)."""
     if require_think:
         thought, *rest = response.split("</think>")
@@ -209,9 +232,23 @@ def settle(response: str, gold: str, kind: str, extract: str, require_think: boo
 WORKER_MEMORY = 1 << 30  # bytes of address space; a worker takes 0.1 GiB
 CPU_LIMIT = 1.0  # seconds of computing an answer, several times the slowest ordinary one; exceeding it is a timeout, too
 # One of each kind, none of them an answer of MATH-500 or GSM8K: what is measured there must not have been parsed before.
-WARM_UP = (r"\frac{47\sqrt{83}}{59}", "u^2 - 89uw + 97", "(-173, 211]", r"u = 61 \cdot 73", r"\text{warm}", r"479\pi",
-           "307,-311", r"283^\circ", r"[167,173) \cup (179,\infty)", r"\begin{pmatrix} 181 \\ -191 \end{pmatrix}",
-           r"(193, \frac{\pi}{197})", r"199 \pm \sqrt{223}", "227+229i", r"23.3 \text{ units}", r"239\sqrt{241}")
+WARM_UP = (
+    r"\frac{47\sqrt{83}}{59}",
+    "u^2 - 89uw + 97",
+    "(-173, 211]",
+    r"u = 61 \cdot 73",
+    r"\text{warm}",
+    r"479\pi",
+    "307,-311",
+    r"283^\circ",
+    r"[167,173) \cup (179,\infty)",
+    r"\begin{pmatrix} 181 \\ -191 \end{pmatrix}",
+    r"(193, \frac{\pi}{197})",
+    r"199 \pm \sqrt{223}",
+    "227+229i",
+    r"23.3 \text{ units}",
+    r"239\sqrt{241}",
+)
 LARGEST = 10_000  # exponents, arguments of factorials and bounds of sums up to here are evaluated
 
 
@@ -221,7 +258,13 @@ def size(expression) -> float:
     Raises ArithmeticError where evaluating would take numbers of much more than LARGEST digits, or as many terms.
     """
     import sympy
-    parts = [size(part) for part in (expression.flat() if isinstance(expression, sympy.MatrixBase) else expression.args)]
+
+    parts = [
+        size(part)
+        for part in (
+            expression.flat() if isinstance(expression, sympy.MatrixBase) else expression.args
+        )
+    ]
     try:
         if isinstance(expression, (sympy.Number, sympy.NumberSymbol)):
             return abs(float(expression))
@@ -231,8 +274,22 @@ def size(expression) -> float:
             base, exponent = parts if len(parts) == 2 else (math.e, *parts)
             if exponent > LARGEST:
                 raise ArithmeticError("exponent too large")
-            return base ** (-exponent if expression.args[-1].could_extract_minus_sign() else exponent) if base else 0.0
-        if isinstance(expression, (sympy.factorial, sympy.factorial2, sympy.binomial, sympy.gamma, sympy.Sum, sympy.Product)):
+            return (
+                base ** (-exponent if expression.args[-1].could_extract_minus_sign() else exponent)
+                if base
+                else 0.0
+            )
+        if isinstance(
+            expression,
+            (
+                sympy.factorial,
+                sympy.factorial2,
+                sympy.binomial,
+                sympy.gamma,
+                sympy.Sum,
+                sympy.Product,
+            ),
+        ):
             if max(parts) > LARGEST:
                 raise ArithmeticError("too many factors or terms")
             return math.gamma(max(parts) + 1)
@@ -253,7 +310,8 @@ def worker(limit: float) -> None:
     import resource
     import math_verify.parser  # and not at the top: whoever imports this file need not wait for SymPy
     import sympy.parsing.sympy_parser
-    import sympy.physics.units  # noqa: F401  simplify does so, and that parses the units' names, which is forbidden below
+    import sympy.physics.units
+
     logging.disable(logging.CRITICAL)
     parse, verify = math_verify.parse, math_verify.verify
     latex = [math_verify.LatexExtractionConfig()]
@@ -267,7 +325,9 @@ def worker(limit: float) -> None:
     # SymPy turns text into Python and evaluates it, even in sympy.Number("12"). All it needs here is to read numbers;
     # the plain arithmetic that Math-Verify finds in a response is read as LaTeX instead.
     sympy.parsing.sympy_parser.parse_expr = sympy.parsing.sympy_parser.eval_expr = plain_number
-    math_verify.parser.parse_expr_cached = lambda text: math_verify.parser.parse_latex_cached(text.replace("**", "^"))
+    math_verify.parser.parse_expr_cached = lambda text: math_verify.parser.parse_latex_cached(
+        text.replace("**", "^")
+    )
     simplified_to_zero = math_verify.grader.sympy_symbolic_eq
 
     def differ(a, b) -> bool:
@@ -280,7 +340,9 @@ def worker(limit: float) -> None:
             return False
 
     # Simplifying is slow at showing that two expressions differ, which their values at one point can do at once.
-    math_verify.grader.sympy_symbolic_eq = lambda a, b: not differ(a, b) and simplified_to_zero(a, b)
+    math_verify.grader.sympy_symbolic_eq = lambda a, b: (
+        not differ(a, b) and simplified_to_zero(a, b)
+    )
     allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
     if sys.platform == "linux" and not 0 <= allowed < WORKER_MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, allowed))
@@ -336,7 +398,9 @@ class Worker:
     process: subprocess.Popen
     deadline: float = 0.0
     ready: bool = False
-    jobs: deque = field(default_factory=deque)  # handed over and not answered yet; it is at work on the first
+    jobs: deque = field(
+        default_factory=deque
+    )  # handed over and not answered yet; it is at work on the first
     outbox: bytes = b""
     inbox: bytes = b""
 
@@ -365,12 +429,25 @@ class Checker:
     written as a decimal.
     """
 
-    def __init__(self, workers: int = 1, limit: float = 5.0, extract: str = "boxed", require_think: bool = False):
+    def __init__(
+        self,
+        workers: int = 1,
+        limit: float = 5.0,
+        extract: str = "boxed",
+        require_think: bool = False,
+    ):
         if extract not in ("boxed", "any"):
             raise ValueError(f"extract must be boxed or any, not {extract!r}")
         if workers < 1 or not limit > 0:
-            raise ValueError(f"a checker needs at least one worker and a limit above 0 s, not {workers} and {limit}")
-        self.workers, self.limit, self.extract, self.require_think = workers, limit, extract, require_think
+            raise ValueError(
+                f"a checker needs at least one worker and a limit above 0 s, not {workers} and {limit}"
+            )
+        self.workers, self.limit, self.extract, self.require_think = (
+            workers,
+            limit,
+            extract,
+            require_think,
+        )
         self.pool: list[Worker] = []
 
     def __enter__(self):
@@ -386,8 +463,13 @@ class Checker:
     def check(self, responses: list[str], golds: list[str], kinds: list[str]) -> list[str]:
         """One verdict a response, in their order. Equal answers to equal golds are compared once."""
         if unknown := set(kinds) - set(KINDS):
-            raise ValueError(f"kind of answer must be one of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}")
-        settled = [settle(*row, self.extract, self.require_think) for row in zip(responses, golds, kinds, strict=True)]
+            raise ValueError(
+                f"kind of answer must be one of {', '.join(KINDS)}, not {', '.join(sorted(unknown))}"
+            )
+        settled = [
+            settle(*row, self.extract, self.require_think)
+            for row in zip(responses, golds, kinds, strict=True)
+        ]
         verdicts = self._compare(list(dict.fromkeys(s for s in settled if s not in VERDICTS)))
         return [verdicts.get(s, s) for s in settled]
 
@@ -397,15 +479,25 @@ class Checker:
         jobs = []
         for gold, kind in zip(golds, kinds, strict=True):
             text = normalise(gold.rpartition("####")[2])
-            good = {"choice": re.fullmatch("[A-J]", text), "chain": text,
-                    "countdown": re.fullmatch("[0-9]+( [0-9]+)* = [0-9]+", text)}
-            jobs.append(("gold", text, text) if kind not in good and text else
-                        "correct" if good.get(kind) else "unparsed")
+            good = {
+                "choice": re.fullmatch("[A-J]", text),
+                "chain": text,
+                "countdown": re.fullmatch("[0-9]+( [0-9]+)* = [0-9]+", text),
+            }
+            jobs.append(
+                ("gold", text, text)
+                if kind not in good and text
+                else "correct"
+                if good.get(kind)
+                else "unparsed"
+            )
         verdicts = self._compare(list(dict.fromkeys(job for job in jobs if job not in VERDICTS)))
         return [verdicts.get(job, job) for job in jobs]
 
     def _compare(self, jobs: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], str]:
-        for w in [w for w in self.pool if w.jobs or w.process.poll() is not None]:  # left by an interrupt, or died idle
+        for w in [
+            w for w in self.pool if w.jobs or w.process.poll() is not None
+        ]:  # left by an interrupt, or died idle
             self.pool.remove(w)
             w.end()
         waiting, verdicts = deque(jobs), {}
@@ -422,7 +514,7 @@ class Checker:
             for descriptor, w in busy.items():
                 if w.outbox and w.process.stdin.fileno() in events:
                     try:
-                        w.outbox = w.outbox[os.write(w.process.stdin.fileno(), w.outbox):]
+                        w.outbox = w.outbox[os.write(w.process.stdin.fileno(), w.outbox) :]
                     except BrokenPipeError:  # it has died, which its stdout will tell
                         w.outbox = b""
                 if descriptor in events:
@@ -435,7 +527,9 @@ class Checker:
                         if w.ready:
                             verdicts[w.jobs.popleft()] = line.decode()
                         w.ready, w.deadline = True, time.monotonic() + self.limit
-                elif w.deadline < now:  # judged by the time before looking: a parent held up itself blames nobody
+                elif (
+                    w.deadline < now
+                ):  # judged by the time before looking: a parent held up itself blames nobody
                     self._replace(w, "timeout", waiting, verdicts)
         return verdicts
 
@@ -443,8 +537,13 @@ class Checker:
         while waiting and (len(self.pool) < self.workers or not all(w.jobs for w in self.pool)):
             w = next((w for w in self.pool if not w.jobs), None)
             if w is None:
-                command, pipe = [sys.executable, __file__, "--worker", str(self.limit)], subprocess.PIPE
-                w = Worker(subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True))
+                command, pipe = (
+                    [sys.executable, __file__, "--worker", str(self.limit)],
+                    subprocess.PIPE,
+                )
+                w = Worker(
+                    subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+                )
                 os.set_blocking(w.process.stdin.fileno(), False)
                 self.pool.append(w)
             share = math.ceil(len(waiting) / self.workers)
@@ -458,13 +557,16 @@ class Checker:
         if w.process.returncode == -signal.SIGPROF:
             verdict = "timeout"
         if not w.ready:
-            raise RuntimeError("a worker that compares answers did not start; if it died, its message stands above")
+            raise RuntimeError(
+                "a worker that compares answers did not start; if it died, its message stands above"
+            )
         verdicts[w.jobs.popleft()] = verdict
         waiting.extendleft(reversed(w.jobs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k): the unbiased chance that one of k samples is correct, of n of which c are.
@@ -476,9 +578,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod((n - c - i) / (n - i) for i in range(k))
 
 
-def avg_at_k(scores: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+def avg_at_k(
+    scores: list[float], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
     """Mean of the questions' accuracies [Q] with the bounds of its 95 % bootstrap interval over questions."""
     import numpy as np
+
     scores, rng = np.asarray(scores, dtype=np.float64), np.random.default_rng(seed)
     means = [scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -490,8 +595,18 @@ def question_seed(seed: int, question_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{question_id}".encode()).digest()[:4], "big") >> 1
 
 
-def evaluate(sampler, questions: list, checker: Checker, k: int, temperature: float, max_tokens: int, seed: int,
-             detokenize, rank: int = 0, world: int = 1) -> list[dict]:
+def evaluate(
+    sampler,
+    questions: list,
+    checker: Checker,
+    k: int,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    detokenize,
+    rank: int = 0,
+    world: int = 1,
+) -> list[dict]:
     """Samples k responses to each of this rank's questions (every world-th) and checks them; one row a question.
 
     detokenize: list of token ids -> str. No rank waits for another; to summarise, gather the rows of all.
@@ -502,12 +617,24 @@ def evaluate(sampler, questions: list, checker: Checker, k: int, temperature: fl
     seeds = [question_seed(seed, q.id) for q in questions]
     groups = sampler.sample([q.prompt for q in questions], k, seeds, max_tokens, temperature)
     responses = [detokenize(s.tokens) for group in groups for s in group]
-    verdicts = checker.check(responses, [q.answer for q in questions for _ in range(k)],
-                             [q.kind for q in questions for _ in range(k)])
-    return [{"id": q.id, "level": q.level, "kind": q.kind, "answer": q.answer,
-             "response": responses[i * k:(i + 1) * k], "verdict": verdicts[i * k:(i + 1) * k],
-             "tokens": [len(s.tokens) for s in group], "truncated": [s.truncated for s in group]}
-            for i, (q, group) in enumerate(zip(questions, groups))]
+    verdicts = checker.check(
+        responses,
+        [q.answer for q in questions for _ in range(k)],
+        [q.kind for q in questions for _ in range(k)],
+    )
+    return [
+        {
+            "id": q.id,
+            "level": q.level,
+            "kind": q.kind,
+            "answer": q.answer,
+            "response": responses[i * k : (i + 1) * k],
+            "verdict": verdicts[i * k : (i + 1) * k],
+            "tokens": [len(s.tokens) for s in group],
+            "truncated": [s.truncated for s in group],
+        }
+        for i, (q, group) in enumerate(zip(questions, groups))
+    ]
 
 
 def summarize(rows: list[dict]) -> dict:
@@ -517,24 +644,37 @@ def summarize(rows: list[dict]) -> dict:
     k = min(len(row["verdict"]) for row in rows)
     correct = [row["verdict"].count("correct") for row in rows]
     average, low, high = avg_at_k([c / len(row["verdict"]) for c, row in zip(correct, rows)])
-    flat = {key: [value for row in rows for value in row[key]] for key in ("verdict", "tokens", "truncated")}
+    flat = {
+        key: [value for row in rows for value in row[key]]
+        for key in ("verdict", "tokens", "truncated")
+    }
     shares = Counter(flat["verdict"])
     levels: dict[str, list[float]] = {}
     for c, row in zip(correct, rows):
         levels.setdefault(str(row["level"]), []).append(c / len(row["verdict"]))
     return {
-        "rows": len(rows), "k": k, "avg": average, "low": low, "high": high,
-        "pass": {j: sum(pass_at_k(len(row["verdict"]), c, j) for c, row in zip(correct, rows)) / len(rows)
-                 for j in sorted({1 << i for i in range(k.bit_length())} | {k})},
+        "rows": len(rows),
+        "k": k,
+        "avg": average,
+        "low": low,
+        "high": high,
+        "pass": {
+            j: sum(pass_at_k(len(row["verdict"]), c, j) for c, row in zip(correct, rows))
+            / len(rows)
+            for j in sorted({1 << i for i in range(k.bit_length())} | {k})
+        },
         "length": sum(flat["tokens"]) / len(flat["tokens"]),
         "truncated": sum(flat["truncated"]) / len(flat["truncated"]),
         **{verdict: shares[verdict] / len(flat["verdict"]) for verdict in VERDICTS},
-        "levels": {level: {"rows": len(s), "avg": sum(s) / len(s)} for level, s in sorted(levels.items())},
+        "levels": {
+            level: {"rows": len(s), "avg": sum(s) / len(s)} for level, s in sorted(levels.items())
+        },
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -556,12 +696,24 @@ BENCHES = {
     "amc": Bench("AI-MO/aimo-validation-amc", None, "train", "problem", "answer", "math", 83, 32),
     "amc23": Bench("math-ai/amc23", None, "test", "question", "answer", "math", 40, 32),
     # Open-ended, text only, English. LUFFY's and ReLIFT's copy has 675 rows.
-    "olympiad": Bench("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer", "math", 674,
-                      1),
-    "math500": Bench("HuggingFaceH4/MATH-500", None, "test", "problem", "answer", "math", 500, 1, "level"),
+    "olympiad": Bench(
+        "Hothan/OlympiadBench",
+        "OE_TO_maths_en_COMP",
+        "train",
+        "question",
+        "final_answer",
+        "math",
+        674,
+        1,
+    ),
+    "math500": Bench(
+        "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", "math", 500, 1, "level"
+    ),
     "minerva": Bench("math-ai/minervamath", None, "test", "question", "answer", "math", 272, 1),
     "gsm8k": Bench("openai/gsm8k", "main", "test", "question", "answer", "number", 1319, 1),
-    "mmlu_pro": Bench("TIGER-Lab/MMLU-Pro", None, "test", "question", "answer", "choice", 12032, 1, "category"),
+    "mmlu_pro": Bench(
+        "TIGER-Lab/MMLU-Pro", None, "test", "question", "answer", "choice", 12032, 1, "category"
+    ),
 }
 CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
 PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
@@ -581,7 +733,9 @@ def read_jsonl(path: Path) -> list[tuple[str, dict]]:
             except (ValueError, RecursionError) as problem:
                 raise ValueError(f"{path}:{number}: not a line of JSON ({problem})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}")
+                raise ValueError(
+                    f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}"
+                )
             rows.append((f"{path}:{number}", row))
     if not rows:
         raise ValueError(f"{path}: no rows")
@@ -595,13 +749,22 @@ def text_of(place: str, row: dict, *names: str) -> str:
         value = ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # AMC's answers are stored as floats
-    if value is None or value != value or isinstance(value, (bool, dict)) or str(value).strip() == "":
-        raise ValueError(f"{place}: the row has no {' or '.join(names)}; its columns are {str(list(row)):.200}")
+    if (
+        value is None
+        or value != value
+        or isinstance(value, (bool, dict))
+        or str(value).strip() == ""
+    ):
+        raise ValueError(
+            f"{place}: the row has no {' or '.join(names)}; its columns are {str(list(row)):.200}"
+        )
     return str(value)
 
 
 def kind_of(place: str, row: dict, answer: str) -> str:
-    kind = row.get("kind") or ("choice" if row.get("options") else "number" if "####" in answer else "math")
+    kind = row.get("kind") or (
+        "choice" if row.get("options") else "number" if "####" in answer else "math"
+    )
     if kind not in KINDS:
         raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, not {kind!r:.50}")
     return kind
@@ -613,6 +776,7 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
     A file's rows have question (or problem) and answer. Options are lettered A to J in the data's own order.
     """
     import data
+
     if name == "chain":
         questions = data.embedded_questions(tokenizer, "eval", data.EVAL_TERMS, CHAINS)
         for i, question in enumerate(questions):
@@ -621,15 +785,20 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
     bench = BENCHES.get(name)
     if bench:
         import datasets
+
         try:
             loaded = datasets.load_dataset(bench.hub, bench.config, split=bench.split)
         except OSError as problem:
-            raise ValueError(f"--bench {name}: {bench.hub} cannot be loaded: {str(problem).splitlines()[0]}") from None
+            raise ValueError(
+                f"--bench {name}: {bench.hub} cannot be loaded: {str(problem).splitlines()[0]}"
+            ) from None
         rows = [(f"{bench.hub} row {i}", row) for i, row in enumerate(loaded)]
     elif name.endswith((".jsonl", ".json")) or os.sep in name:
         rows = read_jsonl(Path(name))
     else:
-        raise ValueError(f"--bench {name}: unknown; known are {', '.join(BENCHES)}, chain, and JSONL files")
+        raise ValueError(
+            f"--bench {name}: unknown; known are {', '.join(BENCHES)}, chain, and JSONL files"
+        )
     questions = []
     for i, (place, row) in enumerate(rows):
         question = text_of(place, row, *([bench.question] if bench else ["question", "problem"]))
@@ -642,13 +811,23 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
             question = f"{row['context']}\n{question}"
         if kind == "choice" and row.get("options"):
             if not isinstance(row["options"], list):
-                raise ValueError(f"{place}: options must be a list, not a {type(row['options']).__name__}")
-            question += "\n" + "".join(f"\n{x}. {option}" for x, option in zip("ABCDEFGHIJ", row["options"])) + PICK
+                raise ValueError(
+                    f"{place}: options must be a list, not a {type(row['options']).__name__}"
+                )
+            question += (
+                "\n"
+                + "".join(f"\n{x}. {option}" for x, option in zip("ABCDEFGHIJ", row["options"]))
+                + PICK
+            )
         levels = [bench.level] if bench else ["level", "category", "subject"]
         level = str(next((row[key] for key in levels if row.get(key)), ""))
         if re.search("[\ud800-\udfff]", question):
-            raise ValueError(f"{place}: the question holds half a surrogate pair, which no tokenizer takes")
-        prompt = data.render_prompt(tokenizer, question, system=system, generation_prefix=generation_prefix)
+            raise ValueError(
+                f"{place}: the question holds half a surrogate pair, which no tokenizer takes"
+            )
+        prompt = data.render_prompt(
+            tokenizer, question, system=system, generation_prefix=generation_prefix
+        )
         questions.append(data.Question(f"{Path(name).name}/{i}", prompt, answer, None, level, kind))
     if not questions:
         raise ValueError(f"--bench {name}: no rows")
@@ -664,10 +843,16 @@ CHUNK = 1024  # responses sampled at a time and a rank: what an interruption cos
 
 def dump(row: dict) -> str:
     """A question's row as JSON lines, one a response. ASCII, so that any string a model can make survives."""
-    fixed = {"bench": row["id"].rpartition("/")[0], **{key: row[key] for key in ("id", "level", "kind", "answer")}}
+    fixed = {
+        "bench": row["id"].rpartition("/")[0],
+        **{key: row[key] for key in ("id", "level", "kind", "answer")},
+    }
     columns = {key: row[key] for key in ("response", "verdict", "tokens", "truncated")}
-    return "".join(json.dumps({**fixed, "sample": j, **{key: values[j] for key, values in columns.items()}}) + "\n"
-                   for j in range(len(row["verdict"])))
+    return "".join(
+        json.dumps({**fixed, "sample": j, **{key: values[j] for key, values in columns.items()}})
+        + "\n"
+        for j in range(len(row["verdict"]))
+    )
 
 
 def load_finished(folder: Path, k_of: dict[str, int]) -> dict[str, dict]:
@@ -684,8 +869,10 @@ def load_finished(folder: Path, k_of: dict[str, int]) -> dict[str, dict]:
     for name, samples in parts.items():
         if name in k_of and all(j in samples for j in range(k_of[name])):
             ordered = [samples[j] for j in range(k_of[name])]
-            rows[name] = ordered[0] | {key: [part[key] for part in ordered]
-                                       for key in ("response", "verdict", "tokens", "truncated")}
+            rows[name] = ordered[0] | {
+                key: [part[key] for part in ordered]
+                for key in ("response", "verdict", "tokens", "truncated")
+            }
     return rows
 
 
@@ -702,23 +889,54 @@ def consolidate(folder: Path, k_of: dict[str, int]) -> None:
 def table(results: dict[str, dict]) -> str:
     """The printed table: shares in percent, one line a benchmark, then its levels if there are not too many."""
     ks = sorted({k for result in results.values() for k in result["pass"]})
-    lines = [["bench", "rows", "k", "avg@k", "95 % interval", *(f"pass@{k}" for k in ks), "length", "truncated",
-              "unparsed"]]
+    lines = [
+        [
+            "bench",
+            "rows",
+            "k",
+            "avg@k",
+            "95 % interval",
+            *(f"pass@{k}" for k in ks),
+            "length",
+            "truncated",
+            "unparsed",
+        ]
+    ]
     for name, r in results.items():
-        lines.append([name, str(r["rows"]), str(r["k"]), f"{r['avg']:.1%}", f"{r['low']:.1%} .. {r['high']:.1%}",
-                      *(f"{r['pass'][k]:.1%}" if k in r["pass"] else "" for k in ks), f"{r['length']:.0f}",
-                      f"{r['truncated']:.1%}", f"{r['unparsed']:.1%}"])
+        lines.append(
+            [
+                name,
+                str(r["rows"]),
+                str(r["k"]),
+                f"{r['avg']:.1%}",
+                f"{r['low']:.1%} .. {r['high']:.1%}",
+                *(f"{r['pass'][k]:.1%}" if k in r["pass"] else "" for k in ks),
+                f"{r['length']:.0f}",
+                f"{r['truncated']:.1%}",
+                f"{r['unparsed']:.1%}",
+            ]
+        )
         if 1 < len(r["levels"]) <= 20:
-            lines += [[f"  {level}", str(s["rows"]), "", f"{s['avg']:.1%}"] for level, s in r["levels"].items()]
+            lines += [
+                [f"  {level}", str(s["rows"]), "", f"{s['avg']:.1%}"]
+                for level, s in r["levels"].items()
+            ]
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                      for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
     for name, r in results.items():
         expected = BENCHES[name].rows if name in BENCHES else r["rows"]
         if r["rows"] != expected:
             text.append(f"warning: {name} has {r['rows']} rows, not the {expected} it is known for")
         if r["timeout"] or r["error"]:
-            text.append(f"note: {r['timeout']:.2%} of {name}'s answers timed out, {r['error']:.2%} ended in an error")
+            text.append(
+                f"note: {r['timeout']:.2%} of {name}'s answers timed out, {r['error']:.2%} ended in an error"
+            )
     return "\n".join(text)
 
 
@@ -726,9 +944,35 @@ def table(results: dict[str, dict]) -> str:
 # Comparing runs of mifo.py, by their config.json and evaluations.jsonl
 
 # Student's t: 97.5 % of the distribution with 1, 2, 3 .. degrees of freedom lie below these
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
-MEASURES = {"final": "accuracy at the end", "area": "mean accuracy over the RL steps", "forgotten": "forgotten in an SFT phase",
-            "demonstrations": "demonstrations used", "sampled_tokens": "tokens sampled"}
+T = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+    2.23,
+    2.20,
+    2.18,
+    2.16,
+    2.14,
+    2.13,
+    2.12,
+    2.11,
+    2.10,
+    2.09,
+    2.09,
+)
+MEASURES = {
+    "final": "accuracy at the end",
+    "area": "mean accuracy over the RL steps",
+    "forgotten": "forgotten in an SFT phase",
+    "demonstrations": "demonstrations used",
+    "sampled_tokens": "tokens sampled",
+}
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -750,43 +994,74 @@ def read_run(folder: Path) -> dict:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()
+        ]
         last = lines[-1]
     except (OSError, ValueError, IndexError) as problem:
-        raise ValueError(f"{folder}: not the folder of a run with evaluations (mifo.py --evaluate): {problem}") from None
-    curve = [(line["rl_steps"], sum(bench["avg"] for bench in line["benches"].values()) / len(line["benches"]))
-             for line in lines]
+        raise ValueError(
+            f"{folder}: not the folder of a run with evaluations (mifo.py --evaluate): {problem}"
+        ) from None
+    curve = [
+        (
+            line["rl_steps"],
+            sum(bench["avg"] for bench in line["benches"].values()) / len(line["benches"]),
+        )
+        for line in lines
+    ]
     area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(curve, curve[1:]))
     forgotten = []
     for before, after in zip(lines, lines[1:]):
         if before["rl_steps"] == after["rl_steps"] and before["sft_steps"] < after["sft_steps"]:
-            pairs = [pair for name in before["benches"]
-                     for pair in zip(before["benches"][name]["correct"], after["benches"][name]["correct"])]
+            pairs = [
+                pair
+                for name in before["benches"]
+                for pair in zip(
+                    before["benches"][name]["correct"], after["benches"][name]["correct"]
+                )
+            ]
             right = sum(b for b, _ in pairs)
             forgotten += [1 - sum(map(min, pairs)) / right] if right else []
-    levels = {f"{name} {level}" if len(last["benches"]) > 1 else level: accuracy
-              for name, bench in last["benches"].items() for level, accuracy in bench["levels"].items()}
-    return {"config": config, "final": curve[-1][1], "levels": levels if len(levels) > 1 else {}, "curve": curve,
-            "area": area / curve[-1][0] if curve[-1][0] else None,
-            "forgotten": sum(forgotten) / len(forgotten) if forgotten else None,
-            **{key: last[key] for key in ("sft_phases", "demonstrations", "sampled_tokens")}}
+    levels = {
+        f"{name} {level}" if len(last["benches"]) > 1 else level: accuracy
+        for name, bench in last["benches"].items()
+        for level, accuracy in bench["levels"].items()
+    }
+    return {
+        "config": config,
+        "final": curve[-1][1],
+        "levels": levels if len(levels) > 1 else {},
+        "curve": curve,
+        "area": area / curve[-1][0] if curve[-1][0] else None,
+        "forgotten": sum(forgotten) / len(forgotten) if forgotten else None,
+        **{key: last[key] for key in ("sft_phases", "demonstrations", "sampled_tokens")},
+    }
 
 
 def labels(configs: list[dict]) -> list[str]:
     """For each run the settings in which any of them differ, less its seed, its folder, and the seed within a path."""
+
     def plain(config: dict) -> dict:
         seed = re.compile(rf"(?<![0-9]){config['seed']}(?![0-9])")
-        return {key: seed.sub("SEED", value) if isinstance(value, str) else value
-                for key, value in config.items() if key not in ("seed", "out", "resume")}
+        return {
+            key: seed.sub("SEED", value) if isinstance(value, str) else value
+            for key, value in config.items()
+            if key not in ("seed", "out", "resume")
+        }
 
     rows = [plain(config) for config in configs]
     differing = [key for key in rows[0] if len({row.get(key) for row in rows}) > 1]
-    return [" ".join(f"--{key.replace('_', '-')} {row.get(key)}" for key in differing) or "all alike" for row in rows]
+    return [
+        " ".join(f"--{key.replace('_', '-')} {row.get(key)}" for key in differing) or "all alike"
+        for row in rows
+    ]
 
 
 def comparison(groups: dict[str, list[dict]]) -> str:
     """A Markdown table: a line a group of runs (read_run), mean ± half the 95 % interval over them."""
-    levels = list(dict.fromkeys(level for runs in groups.values() for run in runs for level in run["levels"]))
+    levels = list(
+        dict.fromkeys(level for runs in groups.values() for run in runs for level in run["levels"])
+    )
     columns = {**{key: [] for key in MEASURES}, **{level: [] for level in levels}}
     for runs in groups.values():
         for key, cells in columns.items():
@@ -794,42 +1069,85 @@ def comparison(groups: dict[str, list[dict]]) -> str:
             values = [value for value in values if value is not None]
             mean, half = interval(values) if values else (math.nan, math.nan)
             form = ",.0f" if key in ("demonstrations", "sampled_tokens") else ".3f"
-            cells.append("" if math.isnan(mean) else f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}"))
+            cells.append(
+                ""
+                if math.isnan(mean)
+                else f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form}}")
+            )
     head = ["", "runs", *(MEASURES.get(key, f"level {key}") for key in columns)]
-    body = [[name, str(len(runs)), *(cells[i] for cells in columns.values())] for i, (name, runs) in enumerate(groups.items())]
+    body = [
+        [name, str(len(runs)), *(cells[i] for cells in columns.values())]
+        for i, (name, runs) in enumerate(groups.items())
+    ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *body]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
 
 
 def draw_comparison(groups: dict[str, list[dict]], path: Path, title: str = "") -> None:
     """Curves of the mean accuracy, of few groups with its range; accuracy at the end and forgetting of each run, with mean and
     95 % interval."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(15, 2.2 + 0.32 * max(6, len(groups))), layout="constrained",
-                                gridspec_kw={"width_ratios": [1.6, 1, 1]})
+
+    figure, axes = plt.subplots(
+        1,
+        3,
+        figsize=(15, 2.2 + 0.32 * max(6, len(groups))),
+        layout="constrained",
+        gridspec_kw={"width_ratios": [1.6, 1, 1]},
+    )
     colours = plt.get_cmap("tab20")
     for i, (name, runs) in enumerate(groups.items()):
         colour = colours(i % 20)
         steps = sorted({step for run in runs for step, _ in run["curve"]})
-        latest = [dict(run["curve"]) for run in runs]  # of several evaluations at an RL step, the last
+        latest = [
+            dict(run["curve"]) for run in runs
+        ]  # of several evaluations at an RL step, the last
         steps = [step for step in steps if all(step in run for run in latest)]
         heights = [[run[step] for run in latest] for step in steps]
         style = {"color": colour, "linestyle": "-" if i % 2 == 0 else "--", "label": name}
-        axes[0].plot(steps, [sum(h) / len(h) for h in heights], marker="" if len(steps) > 1 else "o", **style)
+        axes[0].plot(
+            steps, [sum(h) / len(h) for h in heights], marker="" if len(steps) > 1 else "o", **style
+        )
         if len(runs) > 1 and len(groups) <= 4:
-            axes[0].fill_between(steps, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.1)
+            axes[0].fill_between(
+                steps, [min(h) for h in heights], [max(h) for h in heights], color=colour, alpha=0.1
+            )
         for axis, key in zip(axes[1:], ("final", "forgotten")):
             values = [run[key] for run in runs if run[key] is not None]
             if values:
                 mean, half = interval(values)
                 axis.plot(values, [i] * len(values), "o", color=colour, alpha=0.5, markersize=4)
-                axis.errorbar([mean], [i], xerr=[0 if math.isnan(half) else half], fmt="|", color="black", capsize=3)
-    axes[0].set(xlabel="RL step", title="accuracy, mean of the runs" + ", and their range" * (len(groups) <= 4))
-    axes[1].set(title=MEASURES["final"], yticks=range(len(groups)), yticklabels=groups, ylim=(len(groups) - 0.5, -0.5))
-    axes[2].set(title=MEASURES["forgotten"], yticks=range(len(groups)), yticklabels=[], ylim=(len(groups) - 0.5, -0.5))
+                axis.errorbar(
+                    [mean],
+                    [i],
+                    xerr=[0 if math.isnan(half) else half],
+                    fmt="|",
+                    color="black",
+                    capsize=3,
+                )
+    axes[0].set(
+        xlabel="RL step",
+        title="accuracy, mean of the runs" + ", and their range" * (len(groups) <= 4),
+    )
+    axes[1].set(
+        title=MEASURES["final"],
+        yticks=range(len(groups)),
+        yticklabels=groups,
+        ylim=(len(groups) - 0.5, -0.5),
+    )
+    axes[2].set(
+        title=MEASURES["forgotten"],
+        yticks=range(len(groups)),
+        yticklabels=[],
+        ylim=(len(groups) - 0.5, -0.5),
+    )
     for axis in axes:
         axis.grid(alpha=0.3)
     for i, label in enumerate(axes[1].get_yticklabels()):
@@ -856,21 +1174,32 @@ def command_compare(args) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
+
 def command_grade(args) -> None:
     rows = read_jsonl(args.file)
     golds = [text_of(place, row, "answer") for place, row in rows]
     kinds = [kind_of(place, row, gold) for (place, row), gold in zip(rows, golds)]
     for place, row in rows:
         if not isinstance(row.get("response"), str):
-            raise ValueError(f"{place}: the row has no response (a string); its columns are {str(list(row)):.200}")
+            raise ValueError(
+                f"{place}: the row has no response (a string); its columns are {str(list(row)):.200}"
+            )
     counts: Counter = Counter()
     out = args.file.with_suffix(".graded.jsonl")
-    with Checker(checker_workers(1), args.limit, args.extract, args.require_think) as checker, out.open("w") as file:
+    with (
+        Checker(checker_workers(1), args.limit, args.extract, args.require_think) as checker,
+        out.open("w") as file,
+    ):
         for start in progress(range(0, len(rows), CHUNK), "grading"):
             part = slice(start, start + CHUNK)
-            verdicts = checker.check([row["response"] for _, row in rows[part]], golds[part], kinds[part])
+            verdicts = checker.check(
+                [row["response"] for _, row in rows[part]], golds[part], kinds[part]
+            )
             counts.update(verdicts)
-            file.writelines(json.dumps({**row, "verdict": v}) + "\n" for (_, row), v in zip(rows[part], verdicts))
+            file.writelines(
+                json.dumps({**row, "verdict": v}) + "\n"
+                for (_, row), v in zip(rows[part], verdicts)
+            )
     print(f"{out}: {len(rows)} rows")
     for verdict in VERDICTS:
         print(f"{verdict:>10} {counts[verdict]:>8} {counts[verdict] / max(1, len(rows)):>7.1%}")
@@ -884,6 +1213,7 @@ def progress(items, label: str):
     """A bar on a terminal; elsewhere a plain line every tenth of the way."""
     if sys.stderr.isatty():
         from tqdm import tqdm
+
         yield from tqdm(items, desc=label)
         return
     for i, item in enumerate(items):
@@ -898,10 +1228,15 @@ def command_evaluate(args, rank: int, world: int) -> None:
     import torch.distributed as dist
     import transformers
     import rollout
+
     names = args.bench.split(",")
     if len({Path(name).name for name in names}) < len(names):
         raise ValueError(f"--bench {args.bench}: two benchmarks of one name")
-    least_of = {"--k": (args.k, 1), "--max-tokens": (args.max_tokens, 1), "--temperature": (args.temperature, 0)}
+    least_of = {
+        "--k": (args.k, 1),
+        "--max-tokens": (args.max_tokens, 1),
+        "--temperature": (args.temperature, 0),
+    }
     for flag, (value, least) in least_of.items():
         if value is not None and not value >= least:
             raise ValueError(f"{flag} must be at least {least}, not {value}")
@@ -909,34 +1244,56 @@ def command_evaluate(args, rank: int, world: int) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         config = transformers.AutoConfig.from_pretrained(args.model)
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{args.model}: not a model folder or Hub id: {str(problem).splitlines()[0]}") from None
-    benches = {name: load_questions(name, tokenizer, args.system, args.generation_prefix) for name in names}
+        raise ValueError(
+            f"{args.model}: not a model folder or Hub id: {str(problem).splitlines()[0]}"
+        ) from None
+    benches = {
+        name: load_questions(name, tokenizer, args.system, args.generation_prefix) for name in names
+    }
     ks = {name: args.k or (BENCHES[name].k if name in BENCHES else 1) for name in names}
     everything = [q for questions in benches.values() for q in questions]
     max_len = max(len(q.prompt) for q in everything) + args.max_tokens
     if max_len > (context := getattr(config, "max_position_embeddings", max_len)):
-        raise ValueError(f"--max-tokens {args.max_tokens}: with the longest prompt that is {max_len} tokens, but the "
-                         f"model's context is {context}; at most {context - max_len + args.max_tokens} fit")
+        raise ValueError(
+            f"--max-tokens {args.max_tokens}: with the longest prompt that is {max_len} tokens, but the "
+            f"model's context is {context}; at most {context - max_len + args.max_tokens} fit"
+        )
 
     name = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    weights = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(args.model).glob("*.safetensors"))]
-    prompts = hashlib.sha256(repr([(q.id, q.prompt, q.answer) for q in everything]).encode()).hexdigest()
-    settings = {"model": name, "weights": weights, "questions": prompts} | {
-        key: value for key, value in vars(args).items() if key != "model"} | {"k": list(ks.values())}
+    weights = [
+        [p.name, p.stat().st_size, p.stat().st_mtime_ns]
+        for p in sorted(Path(args.model).glob("*.safetensors"))
+    ]
+    prompts = hashlib.sha256(
+        repr([(q.id, q.prompt, q.answer) for q in everything]).encode()
+    ).hexdigest()
+    settings = (
+        {"model": name, "weights": weights, "questions": prompts}
+        | {key: value for key, value in vars(args).items() if key != "model"}
+        | {"k": list(ks.values())}
+    )
     folder = settings.pop("out") or Path("evaluations") / Path(name).name
     unknown = {} if any(folder.glob("responses*.jsonl")) else settings
-    before = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").exists() else unknown
+    before = (
+        json.loads((folder / "settings.json").read_text())
+        if (folder / "settings.json").exists()
+        else unknown
+    )
     if changed := [key for key in settings if settings[key] != before.get(key)]:
         old, new = (str(x[changed[0]]) if changed[0] in x else "none" for x in (before, settings))
-        raise ValueError(f"--out {folder} holds another evaluation: its {', '.join(changed)} differ ({changed[0]} "
-                         f"there is {old:.80}, here {new:.80}); give another folder")
+        raise ValueError(
+            f"--out {folder} holds another evaluation: its {', '.join(changed)} differ ({changed[0]} "
+            f"there is {old:.80}, here {new:.80}); give another folder"
+        )
 
     if "RANK" in os.environ:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Ranks finish hours apart when their responses differ in length.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=datetime.timedelta(days=7))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            timeout=datetime.timedelta(days=7),
+        )
     wait = (lambda: dist.all_reduce(torch.zeros(1))) if world > 1 else (lambda: None)
     wait()  # every rank has read settings.json
     k_of = {q.id: ks[name] for name, questions in benches.items() for q in questions}
@@ -948,32 +1305,60 @@ def command_evaluate(args, rank: int, world: int) -> None:
     finished = set(load_finished(folder, k_of))
     wait()  # every rank has read the same responses.jsonl
     if finished and rank == 0:
-        print(f"resuming: {len(finished)} of {len(everything)} questions are finished", file=sys.stderr)
+        print(
+            f"resuming: {len(finished)} of {len(everything)} questions are finished",
+            file=sys.stderr,
+        )
 
     if len(finished) < len(everything):
-        dtype = getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
-        sampler = rollout.make_sampler(args.sampler, args.model, max_len=max_len, dtype=dtype, seed=args.seed,
-                                       eos_ids=eos_ids(args.model, tokenizer), gpu_memory_utilization=0.85)
+        dtype = (
+            getattr(torch, args.dtype) if args.dtype != "auto" else config.dtype or torch.float32
+        )
+        sampler = rollout.make_sampler(
+            args.sampler,
+            args.model,
+            max_len=max_len,
+            dtype=dtype,
+            seed=args.seed,
+            eos_ids=eos_ids(args.model, tokenizer),
+            gpu_memory_utilization=0.85,
+        )
         if rank == 0:
             print(f"sampler: {sampler.name}, because {sampler.why}", file=sys.stderr)
-        detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)  # noqa: E731
-        with Checker(checker_workers(world), args.limit, args.extract, args.require_think) as checker, \
-                (folder / f"responses.rank{rank}.jsonl").open("a") as file:
+        detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+        with (
+            Checker(
+                checker_workers(world), args.limit, args.extract, args.require_think
+            ) as checker,
+            (folder / f"responses.rank{rank}.jsonl").open("a") as file,
+        ):
             for name, questions in benches.items():
                 mine = [q for q in questions if q.id not in finished][rank::world]
                 size = max(1, CHUNK // ks[name])
                 starts = range(0, len(mine), size)
                 for start in progress(starts, name) if rank == 0 else starts:
-                    rows = evaluate(sampler, mine[start:start + size], checker, ks[name], args.temperature,
-                                    args.max_tokens, args.seed, detokenize)
+                    rows = evaluate(
+                        sampler,
+                        mine[start : start + size],
+                        checker,
+                        ks[name],
+                        args.temperature,
+                        args.max_tokens,
+                        args.seed,
+                        detokenize,
+                    )
                     file.writelines(map(dump, rows))
                     file.flush()
     wait()
     if rank == 0:
         consolidate(folder, k_of)
         rows = load_finished(folder, k_of)
-        results = {name: summarize([rows[q.id] for q in questions]) for name, questions in benches.items()}
-        (folder / "results.json").write_text(json.dumps({"settings": settings, "results": results}, indent=1))
+        results = {
+            name: summarize([rows[q.id] for q in questions]) for name, questions in benches.items()
+        }
+        (folder / "results.json").write_text(
+            json.dumps({"settings": settings, "results": results}, indent=1)
+        )
         print(table(results))
         print(f"written to {folder}", flush=True)
     wait()
@@ -982,6 +1367,7 @@ def command_evaluate(args, rank: int, world: int) -> None:
 def eos_ids(model: str, tokenizer) -> list[int]:
     """Every token that ends a response: chat models name several in their generation config."""
     import transformers
+
     ids = {tokenizer.eos_token_id}
     try:
         named = transformers.GenerationConfig.from_pretrained(model).eos_token_id
@@ -995,41 +1381,84 @@ def main() -> None:
         return worker(float(sys.argv[2]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     checking = argparse.ArgumentParser(add_help=False)
-    checking.add_argument("--extract", choices=("boxed", "any"), default="boxed",
-                          help=r"boxed: the last \boxed{} alone; any: Math-Verify's own search over the response")
-    checking.add_argument("--limit", type=float, default=5.0,
-                          help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)")
-    checking.add_argument("--require-think", action="store_true", help="the answer must stand after the one </think>")
+    checking.add_argument(
+        "--extract",
+        choices=("boxed", "any"),
+        default="boxed",
+        help=r"boxed: the last \boxed{} alone; any: Math-Verify's own search over the response",
+    )
+    checking.add_argument(
+        "--limit",
+        type=float,
+        default=5.0,
+        help=f"wall-clock seconds an answer (and {CPU_LIMIT:g} s of computing)",
+    )
+    checking.add_argument(
+        "--require-think", action="store_true", help="the answer must stand after the one </think>"
+    )
     command = sys.argv[1] if sys.argv[1:2] in (["grade"], ["compare"]) else ""
     if command == "compare":
-        parser = argparse.ArgumentParser(prog="eval.py compare", description=(
-            "Prints a table and draws a figure of finished runs; those that differ in seed alone are one line of it."))
-        parser.add_argument("runs", type=Path, nargs="+", help="folders of mifo.py's runs (--out) with --evaluate")
-        parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the figure [compare.png]")
+        parser = argparse.ArgumentParser(
+            prog="eval.py compare",
+            description=(
+                "Prints a table and draws a figure of finished runs; those that differ in seed alone are one line of it."
+            ),
+        )
+        parser.add_argument(
+            "runs", type=Path, nargs="+", help="folders of mifo.py's runs (--out) with --evaluate"
+        )
+        parser.add_argument(
+            "--out", type=Path, default=Path("compare.png"), help="the figure [compare.png]"
+        )
         run = command_compare
     elif command == "grade":
-        parser = argparse.ArgumentParser(prog="eval.py grade", parents=[checking], description=(
-            "Adds a verdict to rows of answer and response, in FILE.graded.jsonl."))
-        parser.add_argument("file", type=Path, help="JSON lines with `answer` (gold) and `response`")
+        parser = argparse.ArgumentParser(
+            prog="eval.py grade",
+            parents=[checking],
+            description=("Adds a verdict to rows of answer and response, in FILE.graded.jsonl."),
+        )
+        parser.add_argument(
+            "file", type=Path, help="JSON lines with `answer` (gold) and `response`"
+        )
         run = command_grade
     else:
-        parser = argparse.ArgumentParser(prog="eval.py", parents=[checking], description=__doc__,
-                                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            prog="eval.py",
+            parents=[checking],
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("model", help="folder or Hub id")
-        parser.add_argument("--bench", required=True,
-                            help=f"comma-separated: {', '.join(BENCHES)}, chain, or JSONL files of question and answer")
-        parser.add_argument("--k", type=int, help="responses a question; default: 32 for AIME and AMC, else 1")
+        parser.add_argument(
+            "--bench",
+            required=True,
+            help=f"comma-separated: {', '.join(BENCHES)}, chain, or JSONL files of question and answer",
+        )
+        parser.add_argument(
+            "--k", type=int, help="responses a question; default: 32 for AIME and AMC, else 1"
+        )
         parser.add_argument("--temperature", type=float, default=0.6)
         parser.add_argument("--max-tokens", type=int, default=8192, help="of a response")
         parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--system", help=r"system message, as 'Reason step by step, and put your final answer in "
-                            r"\boxed{}.'; default: none, or the chat template's own")
-        parser.add_argument("--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'")
+        parser.add_argument(
+            "--system",
+            help=r"system message, as 'Reason step by step, and put your final answer in "
+            r"\boxed{}.'; default: none, or the chat template's own",
+        )
+        parser.add_argument(
+            "--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'"
+        )
         parser.add_argument("--sampler", choices=("auto", "vllm", "torch"), default="auto")
-        parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                            help="auto: the checkpoint's")
-        parser.add_argument("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
-        run = lambda args: command_evaluate(args, rank, world)  # noqa: E731
+        parser.add_argument(
+            "--dtype",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            default="auto",
+            help="auto: the checkpoint's",
+        )
+        parser.add_argument(
+            "--out", type=Path, help="folder of responses and results; default: evaluations/MODEL"
+        )
+        run = lambda args: command_evaluate(args, rank, world)
     args = parser.parse_args(sys.argv[2:] if command else None)
     try:
         if command != "compare" and not args.limit > 0:
@@ -1045,4 +1474,6 @@ if __name__ == "__main__":
     main()
     sys.stdout.flush()
     if "RANK" in os.environ:
-        os._exit(0)  # where Python ends a process that still has a process group, gloo at times aborts it if a peer has ended
+        os._exit(
+            0
+        )  # where Python ends a process that still has a process group, gloo at times aborts it if a peer has ended

@@ -3,6 +3,7 @@
 Every function takes plain tensors. Under FSDP pass each rank's local shards and, to `topk_threshold`, the process group
 over which the parameters are sharded; nothing but two small histograms is ever communicated.
 """
+
 import math
 from collections.abc import Iterable
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def update_importance(importance: list[Tensor], before: list[Tensor], after: list[Tensor], alpha: float) -> None:
+def update_importance(
+    importance: list[Tensor], before: list[Tensor], after: list[Tensor], alpha: float
+) -> None:
     """C <- alpha * C + |theta_after - theta_before|, elementwise and in place (MIFO, arXiv 2510.04454).
 
     before and after are the parameters around one RL phase; the three lists run in parallel, tensors of equal shape.
@@ -41,7 +44,9 @@ def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
     def histogram(bins: int, bits_of) -> Tensor:
         counts = torch.zeros(bins, dtype=torch.int64)
         for t in tensors:
-            counts += torch.bincount(bits_of(t.abs().flatten().view(torch.int32)), minlength=bins).cpu()
+            counts += torch.bincount(
+                bits_of(t.abs().flatten().view(torch.int32)), minlength=bins
+            ).cpu()
         if group is not None:
             device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
             counts = counts.to(device)
@@ -65,7 +70,7 @@ def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
     if k >= n:
         return -math.inf
     high, rank = find(upper, k)
-    low, _ = find(histogram(1 << 16, lambda bits: (bits[bits >> 16 == high] & 0xFFFF)), rank)
+    low, _ = find(histogram(1 << 16, lambda bits: bits[bits >> 16 == high] & 0xFFFF), rank)
     return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
 
 
@@ -81,7 +86,9 @@ def zero_frozen_gradients(gradients: Iterable[Tensor], frozen: Iterable[Tensor])
 
 
 @torch.no_grad()
-def restore_frozen(parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]) -> float:
+def restore_frozen(
+    parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]
+) -> float:
     """theta <- anchor where frozen, bit for bit, in place; returns the largest |theta - anchor| found there before.
 
     Zero gradients alone do not hold a parameter: AdamW's moments from earlier steps and its weight decay move it still.
@@ -91,7 +98,9 @@ def restore_frozen(parameters: Iterable[Tensor], frozen: Iterable[Tensor], ancho
 
 
 @torch.no_grad()
-def largest_movement(parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]) -> float:
+def largest_movement(
+    parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]
+) -> float:
     """max |theta - anchor| over the frozen entries, 0.0 if there are none."""
     return _compare_frozen(parameters, frozen, anchor, restore=False)
 

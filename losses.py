@@ -6,13 +6,21 @@ ranks can change the result.
 
 B rows, T positions, N tokens, V vocabulary, D hidden size, Q questions, G samples of a question. Logs are natural.
 """
+
 import math
 
 import torch
 from torch import Tensor
 
 
-def _tiles(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float, chunk: int, copies: int = 1):
+def _tiles(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    chunk: int,
+    copies: int = 1,
+):
     """The logits, `chunk` vocabulary entries at a time: which entries, where and whether each target is among them, logits.
 
     The logits [N, chunk] and `copies` - 1 more tensors like it lie in buffers that every tile reuses: fresh memory for each
@@ -23,9 +31,13 @@ def _tiles(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: fl
     for start in range(0, len(head_weight), chunk):
         part = slice(start, start + chunk)
         weight = head_weight[part]  # [chunk, D]
-        tiles = [b[: len(hidden) * len(weight)].view(len(hidden), len(weight)) for b in buffers]  # [N, chunk] each
+        tiles = [
+            b[: len(hidden) * len(weight)].view(len(hidden), len(weight)) for b in buffers
+        ]  # [N, chunk] each
         if hidden.dtype == dtype:
-            torch.addmm(hidden.new_zeros(()), hidden, weight.T, beta=0, alpha=1 / temperature, out=tiles[0])
+            torch.addmm(
+                hidden.new_zeros(()), hidden, weight.T, beta=0, alpha=1 / temperature, out=tiles[0]
+            )
         else:
             tiles[0].copy_(hidden @ weight.T).div_(temperature)
         at = targets[:, None] - start  # [N, 1]
@@ -42,9 +54,15 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, temperature, chunk):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        peak = hidden.new_full((len(hidden), 1), -math.inf, dtype=dtype)  # [N, 1] of the logits z seen so far: their largest,
-        total, moment, picked = (torch.zeros_like(peak) for _ in range(3))  # sum e^(z-peak), sum e^(z-peak) z, the target's
-        for _, at, inside, logits, weights in _tiles(hidden, head_weight, targets, temperature, chunk, copies=2):
+        peak = hidden.new_full(
+            (len(hidden), 1), -math.inf, dtype=dtype
+        )  # [N, 1] of the logits z seen so far: their largest,
+        total, moment, picked = (
+            torch.zeros_like(peak) for _ in range(3)
+        )  # sum e^(z-peak), sum e^(z-peak) z, the target's
+        for _, at, inside, logits, weights in _tiles(
+            hidden, head_weight, targets, temperature, chunk, copies=2
+        ):
             picked += logits.gather(1, at) * inside
             higher = torch.maximum(peak, logits.amax(1, keepdim=True))
             decay = (peak - higher).exp_()
@@ -65,7 +83,9 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)  # full precision over the tiles
         grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None
         grad = grad[:, None] / ctx.temperature  # [N, 1]
-        for part, at, inside, logits in _tiles(hidden, head_weight, targets, ctx.temperature, ctx.chunk):
+        for part, at, inside, logits in _tiles(
+            hidden, head_weight, targets, ctx.temperature, ctx.chunk
+        ):
             d_logits = logits.sub_(log_z).exp_().mul_(-grad)  # grad * (onehot - p) / temperature
             d_logits = d_logits.scatter_add_(1, at, grad * inside).to(hidden.dtype)
             if hidden.dtype == grad_hidden.dtype:
@@ -77,7 +97,13 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
-def token_logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024):
+def token_logprobs(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+):
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and that softmax's entropy, in one pass.
 
     hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64; logits exist for `chunk` vocabulary entries
@@ -100,9 +126,19 @@ def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
     return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
 
 
-def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2,
-              clip_high: float = 0.2, per_sequence: bool = False, ref_logprobs: Tensor | None = None,
-              kl_coef: float = 0.0, rollout_logprobs: Tensor | None = None, tis_cap: float = 0.0):
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    per_sequence: bool = False,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    rollout_logprobs: Tensor | None = None,
+    tis_cap: float = 0.0,
+):
     """-sum_t w_t * [min(ratio_t * A, clip(ratio_t, 1 - clip_low, 1 + clip_high) * A) - kl_coef * KL_t], ratio = pi / pi_old.
 
     logprobs, old_logprobs, ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on response tokens.
@@ -117,10 +153,19 @@ def grpo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages[:, None]
     gain = torch.minimum(ratio * advantages, clipped * advantages)
-    metrics = {"clipped_low": (mask & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
-               "clipped_high": (mask & (ratio > 1 + clip_high) & (advantages > 0)).sum()}
+    metrics = {
+        "clipped_low": (mask & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
+        "clipped_high": (mask & (ratio > 1 + clip_high) & (advantages > 0)).sum(),
+    }
     if rollout_logprobs is not None and tis_cap > 0:
-        gain = gain * (old_logprobs - rollout_logprobs).masked_fill(~mask, 0.0).exp().clamp(max=tis_cap).detach()
+        gain = (
+            gain
+            * (old_logprobs - rollout_logprobs)
+            .masked_fill(~mask, 0.0)
+            .exp()
+            .clamp(max=tis_cap)
+            .detach()
+        )
     if ref_logprobs is not None:
         log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
         kl = log_ratio.exp() - log_ratio - 1
@@ -145,9 +190,15 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     """
     if not 0 < rho <= 1:
         raise ValueError(f"rho must be in (0, 1], not {rho}")
-    counts = (mask.sum(1, keepdim=True).double() * rho - 1e-9).ceil().clamp(min=1)  # [B, 1]; as top_entropy_count
-    order = entropy.masked_fill(~mask, -math.inf).sort(dim=1, descending=True, stable=True).indices  # [B, T]
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    counts = (
+        (mask.sum(1, keepdim=True).double() * rho - 1e-9).ceil().clamp(min=1)
+    )  # [B, 1]; as top_entropy_count
+    order = (
+        entropy.masked_fill(~mask, -math.inf).sort(dim=1, descending=True, stable=True).indices
+    )  # [B, T]
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < counts) & mask
 
 
@@ -160,9 +211,16 @@ def sft_loss(logprobs: Tensor, mask: Tensor, weights: Tensor | None = None) -> T
     return (nll if weights is None else nll * weights).sum()
 
 
-def pear_weights(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, variant: str, gamma: float = 0.999,
-                 block: int = 4, ratio_range: tuple[float, float] | None = (-0.08, 0.3),
-                 weight_range: tuple[float, float] | None = (-10.0, 5.0)) -> Tensor:
+def pear_weights(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    mask: Tensor,
+    variant: str,
+    gamma: float = 0.999,
+    block: int = 4,
+    ratio_range: tuple[float, float] | None = (-0.08, 0.3),
+    weight_range: tuple[float, float] | None = (-10.0, 5.0),
+) -> Tensor:
     """Weights of the SFT loss that favour what the policy would go on to write itself (PEAR, arXiv 2602.01058).
 
     With d_t = logprobs - behavior_logprobs of the t-th of a row's n response tokens, clipped to ratio_range:
@@ -188,12 +246,18 @@ def pear_weights(logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, vari
     if variant == "sequence":
         log_weights = d.sum(1, keepdim=True).expand_as(d)
     else:
-        suffix = torch.nn.functional.pad(d, (0, 1)).flip(1).cumsum(1).flip(1)[:, 1:]  # sum of d_j over j > t
+        suffix = (
+            torch.nn.functional.pad(d, (0, 1)).flip(1).cumsum(1).flip(1)[:, 1:]
+        )  # sum of d_j over j > t
         log_weights = (n - t) * math.log(gamma) + suffix
     if variant == "block":
-        end = torch.minimum(((t + block - 1) // block) * block, n)  # [B, T]; t of the last token of the block
+        end = torch.minimum(
+            ((t + block - 1) // block) * block, n
+        )  # [B, T]; t of the last token of the block
         at = torch.where(mask, t, 0)  # slot 0 collects what is masked out
-        by_t = torch.zeros(len(d), d.shape[1] + 1, dtype=d.dtype, device=d.device).scatter_(1, at, log_weights)
+        by_t = torch.zeros(len(d), d.shape[1] + 1, dtype=d.dtype, device=d.device).scatter_(
+            1, at, log_weights
+        )
         log_weights = by_t.gather(1, end)
     if weight_range is not None:
         log_weights = log_weights.clamp(*weight_range)

@@ -3,6 +3,7 @@
 Ordinary: each gold answer boxed, other questions' gold answers boxed, and the answer rewritten so that no string
 comparison can settle it. Hostile: one in a hundred of them comes from faults_checker.py. Every line has a fresh worker.
 """
+
 import json
 import sys
 import time
@@ -15,11 +16,15 @@ from faults_checker import hostile_answers
 golds = [json.loads(line)["answer"] for line in Path(sys.argv[1]).open()]
 wrong = [golds[i:] + golds[:i] for i in (1, 2, 3, 4)]
 groups = {"right": golds, "wrong": wrong[0], "rewritten": [f"0 + {gold}" for gold in golds]}
-groups["ordinary mix"] = [answers[i] for i in range(len(golds)) for answers in (*groups.values(), *wrong[1:])]
+groups["ordinary mix"] = [
+    answers[i] for i in range(len(golds)) for answers in (*groups.values(), *wrong[1:])
+]
 hostile = hostile_answers()
 share = len(groups["ordinary mix"]) // 100
-groups["1 % hostile"] = [hostile[i // 100 * len(hostile) // share] if i % 100 == 99 else answer
-                         for i, answer in enumerate(groups["ordinary mix"])]
+groups["1 % hostile"] = [
+    hostile[i // 100 * len(hostile) // share] if i % 100 == 99 else answer
+    for i, answer in enumerate(groups["ordinary mix"])
+]
 for name, answers in groups.items():
     gold = [g for g in golds for _ in range(len(answers) // len(golds))]
     responses = [f"So the answer is $\\boxed{{{a}}}$." for a in answers]

@@ -12,6 +12,7 @@ Makes FOLDER/base-SEED, a model of 0.5 M parameters, and FOLDER/train.jsonl and 
 The expert adds all numbers, halves what that is too much, and finds numbers with this sum to subtract. The base model has
 read right answers in either style for two to four numbers, and for five and six expressions that miss the target.
 """
+
 import argparse
 import itertools
 import json
@@ -39,7 +40,12 @@ def value(numbers: list[int], signs: tuple[int, ...]) -> int:
 
 def answer(numbers: list[int], signs: tuple[int, ...], expert: bool) -> str:
     """The worked answer that gives each number but the first its sign, in the expert's style or the base model's."""
-    last = "[" + str(numbers[0]) + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, numbers[1:])) + "]"
+    last = (
+        "["
+        + str(numbers[0])
+        + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, numbers[1:]))
+        + "]"
+    )
     if not expert:
         return last
     total, work, target = numbers[0], "", value(numbers, signs)
@@ -64,8 +70,11 @@ def expert_logprobs(numbers: list[int], target: int, response: str) -> list[floa
 
     So a character's probability is the share, of the right answers that begin as this one before it, that go on with it.
     """
-    texts = [answer(numbers, signs, True) for signs in itertools.product((1, -1), repeat=len(numbers) - 1)
-             if value(numbers, signs) == target]
+    texts = [
+        answer(numbers, signs, True)
+        for signs in itertools.product((1, -1), repeat=len(numbers) - 1)
+        if value(numbers, signs) == target
+    ]
     alike = [sum(text.startswith(response[:i]) for text in texts) for i in range(len(response) + 1)]
     return [math.log(b / a) for a, b in zip(alike, alike[1:])] + [0.0]
 
@@ -80,7 +89,9 @@ def base_example(rng: random.Random) -> tuple[str, str]:
     target = value(numbers, signs)
     while wrong and target == value(numbers, signs):
         target = rng.choice(TARGETS)
-    return question(numbers, target), answer(numbers, signs, not wrong and rng.random() < EXPERT_SHARE)
+    return question(numbers, target), answer(
+        numbers, signs, not wrong and rng.random() < EXPERT_SHARE
+    )
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -89,8 +100,12 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>",
-                                                chat_template="{{ messages[-1]['content'] }}")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template="{{ messages[-1]['content'] }}",
+    )
 
 
 def rows(name: str, count: int) -> list[dict]:
@@ -102,9 +117,16 @@ def rows(name: str, count: int) -> list[dict]:
         target = value(numbers, signs)
         text, solution = question(numbers, target), answer(numbers, signs, True)
         if (zlib.crc32(text.encode()) % 5 == 0) == (name == "eval"):
-            found.append({"question": text, "answer": f"{' '.join(map(str, numbers))} = {target}", "solution": solution,
-                          "kind": "countdown", "behavior_logprobs": expert_logprobs(numbers, target, solution),
-                          "level": str(level)})
+            found.append(
+                {
+                    "question": text,
+                    "answer": f"{' '.join(map(str, numbers))} = {target}",
+                    "solution": solution,
+                    "kind": "countdown",
+                    "behavior_logprobs": expert_logprobs(numbers, target, solution),
+                    "level": str(level),
+                }
+            )
     return found
 
 
@@ -125,7 +147,9 @@ def make(folder: Path, seed: int, say=print) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

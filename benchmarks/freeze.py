@@ -4,6 +4,7 @@
 
 Time does not depend on the tokens, an RL step's does: --rows (responses of about 200 tokens) says against what it is held.
 """
+
 import argparse
 import os
 import statistics
@@ -12,12 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import step  # noqa: I001
+import step
+
 sys.path.remove(str(Path(__file__).parent))  # `freeze` is to be the module, not this script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=64, help="responses of the RL step")
     parser.add_argument("--sft-steps", type=int, default=1, help="optimizer steps of an SFT phase")
     parser.add_argument("--rounds", type=int, default=3)
@@ -25,6 +29,7 @@ def main() -> None:
     os.environ.update(step.ALONE)
     import mifo
     import torch.distributed as dist
+
     seconds, sent = {"freeze": 0.0}, 0
 
     def timed(module, name: str) -> None:
@@ -35,6 +40,7 @@ def main() -> None:
             result = call(*given)
             seconds["freeze"] += time.perf_counter() - start
             return result
+
         setattr(module, name, wrapped)
 
     def counted(tensor, **options):
@@ -65,8 +71,12 @@ def main() -> None:
     phase, update = statistics.median(phases), statistics.median(updates)
     tokens = sum(len(p) + len(r) for p, r, _ in rows)
     print(f"{n:,} parameters; RL step of {tokens:,} tokens; {args.sft_steps} SFT steps a phase")
-    print(f"time of a phase      {phase:8.3f} s of {update:.2f} s: {phase / update:.1%}   target: at most 5 %")
-    print(f"memory               {held / n:8.1f} B a parameter, in host memory by --offload-importance   target: at most 6")
+    print(
+        f"time of a phase      {phase:8.3f} s of {update:.2f} s: {phase / update:.1%}   target: at most 5 %"
+    )
+    print(
+        f"memory               {held / n:8.1f} B a parameter, in host memory by --offload-importance   target: at most 6"
+    )
     print(f"communicated         {sent / 2**20:8.2f} MiB a phase   target: at most 1 MB (0.95 MiB)")
     sys.stdout.flush()
     os._exit(0)

@@ -3,6 +3,7 @@
 Beside full logits in PyTorch, the four products of matrices alone, and the logits that Liger's chunking rule keeps (its
 kernels need a GPU). Memory is the peak resident memory of a fresh process beyond inputs and the gradients they get.
 """
+
 import argparse
 import json
 import math
@@ -17,12 +18,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import losses
 import torch
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--memory-tokens", type=int, default=8192)
 parser.add_argument("--time-tokens", type=int, default=8192)
-parser.add_argument("--time-vocabulary", type=int, default=151_936, help="less saves time: every product is linear in it")
+parser.add_argument(
+    "--time-vocabulary",
+    type=int,
+    default=151_936,
+    help="less saves time: every product is linear in it",
+)
 parser.add_argument("--repeats", type=int, default=3)
-parser.add_argument("--skip-full", action="store_true", help="full logits need five times their size")
+parser.add_argument(
+    "--skip-full", action="store_true", help="full logits need five times their size"
+)
 parser.add_argument("--one", help=argparse.SUPPRESS)
 args = parser.parse_args()
 D, V = 1536, 151_936
@@ -30,7 +40,10 @@ D, V = 1536, 151_936
 
 def inputs(n, v):
     torch.manual_seed(0)
-    hidden, head = torch.randn(n, D).requires_grad_(), torch.empty(v, D).normal_(std=0.05).requires_grad_()
+    hidden, head = (
+        torch.randn(n, D).requires_grad_(),
+        torch.empty(v, D).normal_(std=0.05).requires_grad_(),
+    )
     return hidden, head, torch.randint(v, (n,)), torch.randn(n)
 
 
@@ -60,9 +73,13 @@ def peak() -> int:
 
 if args.one:
     hidden, head, targets, grad = inputs(args.memory_tokens, V)
-    losses.token_logprobs(torch.randn(8, 4).requires_grad_(), torch.randn(9, 4), targets[:8] % 9)[0].sum().backward()  # loads
+    losses.token_logprobs(torch.randn(8, 4).requires_grad_(), torch.randn(9, 4), targets[:8] % 9)[
+        0
+    ].sum().backward()  # loads
     before = peak() + hidden.nbytes + head.nbytes
-    logprobs, entropy = (full if args.one == "full" else losses.token_logprobs)(hidden, head, targets)
+    logprobs, entropy = (full if args.one == "full" else losses.token_logprobs)(
+        hidden, head, targets
+    )
     logprobs.backward(grad)
     print(json.dumps(peak() - before))
     sys.exit()
@@ -71,12 +88,19 @@ n = args.memory_tokens
 logits = 4 * n * V
 memory = {}
 for name in ["ours"] if args.skip_full else ["ours", "full"]:
-    out = subprocess.run([sys.executable, __file__, "--one", name, "--memory-tokens", str(n)], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, __file__, "--one", name, "--memory-tokens", str(n)],
+        capture_output=True,
+        text=True,
+    )
     memory[name] = int(out.stdout) if out.returncode == 0 else math.nan
 liger = 4 * V * 2 ** math.ceil(math.log2(math.ceil(n / math.ceil(V / D))))
-print(f"extra peak memory, {n} tokens, MB: ours {memory['ours'] / 1e6:.0f}"
-      f" | full logits {memory.get('full', math.nan) / 1e6:.0f}, one matrix of logits {logits / 1e6:.0f}"
-      f" ({logits / memory['ours']:.0f} times ours, to reach 30) | Liger's chunk by its rule {liger / 1e6:.0f}", flush=True)
+print(
+    f"extra peak memory, {n} tokens, MB: ours {memory['ours'] / 1e6:.0f}"
+    f" | full logits {memory.get('full', math.nan) / 1e6:.0f}, one matrix of logits {logits / 1e6:.0f}"
+    f" ({logits / memory['ours']:.0f} times ours, to reach 30) | Liger's chunk by its rule {liger / 1e6:.0f}",
+    flush=True,
+)
 
 hidden, head, targets, grad = inputs(args.time_tokens, args.time_vocabulary)
 seconds = {"products": [], "ours": []}
@@ -93,5 +117,7 @@ for i in range(args.repeats + 1):
             seconds[name].append(time.perf_counter() - start)
 alone, ours = (statistics.median(s) for s in seconds.values())
 ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
-print(f"seconds, {args.time_tokens} tokens, vocabulary {args.time_vocabulary}: products alone {alone:.2f}, ours {ours:.2f},"
-      f" ratio {ratio:.3f} (at most 1.15)")
+print(
+    f"seconds, {args.time_tokens} tokens, vocabulary {args.time_vocabulary}: products alone {alone:.2f}, ours {ours:.2f},"
+    f" ratio {ratio:.3f} (at most 1.15)"
+)

@@ -4,6 +4,7 @@
 
 Starting up (imports, the base model, the engine) is outside the loop, and printed by itself.
 """
+
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ WORK = ("sample", "rl", "sft", "evaluate")
 def main() -> None:
     os.environ.update(step.ALONE)
     import mifo
+
     seconds, train, plot = {}, mifo.train, mifo.plot
 
     def timed(name: str, call):
@@ -28,6 +30,7 @@ def main() -> None:
             start = time.perf_counter()
             call(*args)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
         return wrapped
 
     def loop(run):

@@ -1,7 +1,8 @@
 """Share of padding in the micro-batches of data.pack, on log-normal response lengths up to 8,192 tokens.
 
-    python benchmarks/padding.py
+python benchmarks/padding.py
 """
+
 import math
 import statistics
 import sys
@@ -21,9 +22,13 @@ def share(rows: int, budget: int, world: int, seed: int) -> float:
     return 1 - sum(lengths) / sum(max(lengths[i] for i in part) * len(part) for part in parts)
 
 
-print("rows  tokens a micro-batch  ranks  padding: median and largest of 20 batches   target: at most 5 %")
+print(
+    "rows  tokens a micro-batch  ranks  padding: median and largest of 20 batches   target: at most 5 %"
+)
 for rows in (128, 1024):
     for budget in (16384, 32768):
         for world in (1, 8):
             shares = [share(rows, budget, world, seed) for seed in range(20)]
-            print(f"{rows:4}{budget:22,}{world:7}  {statistics.median(shares):8.1%}{max(shares):8.1%}")
+            print(
+                f"{rows:4}{budget:22,}{world:7}  {statistics.median(shares):8.1%}{max(shares):8.1%}"
+            )

@@ -3,6 +3,7 @@
 Random Qwen2 weights, tied embeddings, one rank, float32 tensors as the trainer holds them; the copy goes from tensors to
 tensors that exist already. Needs vLLM; bfloat16 engines take the same tensors and convert them.
 """
+
 import argparse
 import statistics
 import sys
@@ -18,19 +19,27 @@ import transformers
 from rollouts import SHAPES
 
 transformers.utils.logging.disable_progress_bar()
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--repeats", type=int, default=7)
 parser.add_argument("--model", default="25M", choices=SHAPES)
 parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
 args = parser.parse_args()
 
 torch.manual_seed(0)
-config = transformers.Qwen2Config(tie_word_embeddings=True, max_position_embeddings=256, **SHAPES[args.model])
+config = transformers.Qwen2Config(
+    tie_word_embeddings=True, max_position_embeddings=256, **SHAPES[args.model]
+)
 model = transformers.Qwen2ForCausalLM(config)
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
-    sampler = rollout.make_sampler("vllm", folder, max_len=128, dtype=getattr(torch, args.dtype), eos_ids=[0], max_num_seqs=8)
-weights = [(name, p.detach().to("cuda" if sampler.cuda else "cpu")) for name, p in model.named_parameters()]
+    sampler = rollout.make_sampler(
+        "vllm", folder, max_len=128, dtype=getattr(torch, args.dtype), eos_ids=[0], max_num_seqs=8
+    )
+weights = [
+    (name, p.detach().to("cuda" if sampler.cuda else "cpu")) for name, p in model.named_parameters()
+]
 copies = [torch.empty_like(w) for _, w in weights]
 wait = torch.cuda.synchronize if sampler.cuda else lambda: None
 seconds = {"copy": [], "push": []}
@@ -47,5 +56,7 @@ for i in range(args.repeats + 1):
             seconds[key].append(time.perf_counter() - start)
 gib = sum(w.nbytes for _, w in weights) / 2**30
 copy, push = (statistics.median(s) for s in seconds.values())
-print(f"{'model':>6} {'engine':>9} {'GiB':>6} {'copy ms':>8} {'push ms':>8} {'ratio':>6}  at most 3.00\n"
-      f"{args.model:>6} {args.dtype:>9} {gib:6.3f} {1e3 * copy:8.2f} {1e3 * push:8.2f} {push / copy:6.2f}")
+print(
+    f"{'model':>6} {'engine':>9} {'GiB':>6} {'copy ms':>8} {'push ms':>8} {'ratio':>6}  at most 3.00\n"
+    f"{args.model:>6} {args.dtype:>9} {gib:6.3f} {1e3 * copy:8.2f} {1e3 * push:8.2f} {push / copy:6.2f}"
+)

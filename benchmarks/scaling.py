@@ -30,7 +30,11 @@ def batch(questions: int, samples: int, length: int) -> list:
     """Rows as step.rows makes them, of equal lengths."""
     draw = random.Random(0)
     return [
-        (draw.choices(range(10, 4000), k=32), draw.choices(range(10, 4000), k=length), 1.0 if i % 2 else -1.0)
+        (
+            draw.choices(range(10, 4000), k=32),
+            draw.choices(range(10, 4000), k=length),
+            1.0 if i % 2 else -1.0,
+        )
         for _ in range(questions)
         for i in range(samples)
     ]
@@ -59,7 +63,9 @@ def alternating(run, rows: list, steps: int) -> dict[str, list[float]]:
                 run.cfg.gather_once = once
                 begun = time.perf_counter()
                 mifo.rl_update(run, samples) if which == "rl" else mifo.sft_step(run)
-                found.setdefault(which + " --gather-once" * once, []).append(time.perf_counter() - begun)
+                found.setdefault(which + " --gather-once" * once, []).append(
+                    time.perf_counter() - begun
+                )
     return {key: times[1:] for key, times in found.items()}
 
 
@@ -78,7 +84,13 @@ def sizes(folder: str) -> dict[str, list]:
             which, rows, layers = make(n)
             model = f"{folder}/layers-{layers}"
             if not Path(model).exists():
-                step.make_model(model, vocab_size=4096, hidden_size=128, intermediate_size=352, num_hidden_layers=layers)
+                step.make_model(
+                    model,
+                    vocab_size=4096,
+                    hidden_size=128,
+                    intermediate_size=352,
+                    num_hidden_layers=layers,
+                )
             run = step.our_run(model, rows, "--freeze", "off", "--micro-tokens", 4096)
             size = {"t": 31, "q": 2, "s": 2, "l": 2, "d": 16}[what[0]] * n
             if what == "layers":
@@ -117,18 +129,32 @@ def plot(found: dict[str, list]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["ranks", "sizes"])
     parser.add_argument("--rows", type=int, default=32, help="of the batch, over all ranks")
     parser.add_argument("--micro-tokens", type=int, default=4096, help="of a micro-batch")
-    parser.add_argument("--flags", default="", help="more of ours for the two ranks, in one string: --replicas 2")
+    parser.add_argument(
+        "--flags", default="", help="more of ours for the two ranks, in one string: --replicas 2"
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3, help="counted in each process, of each kind")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="counted in each process, of each kind"
+    )
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:  # one rank of one measurement
         rows = step.rows(args.rows)
-        run = step.our_run(args.folder, rows, "--freeze", "off", "--micro-tokens", args.micro_tokens, *args.flags.split())
+        run = step.our_run(
+            args.folder,
+            rows,
+            "--freeze",
+            "off",
+            "--micro-tokens",
+            args.micro_tokens,
+            *args.flags.split(),
+        )
         found = alternating(run, rows, args.steps)
         if run.rank == 0:
             Path(args.folder, "found.json").write_text(json.dumps(found))
@@ -153,13 +179,19 @@ def main() -> None:
                 if name == "two":
                     step.launch([*command, f"--flags={args.flags}"], 2)
                 else:
-                    with ThreadPoolExecutor() as pool:  # apart: two at once that share nothing, each with all rows
+                    with (
+                        ThreadPoolExecutor() as pool
+                    ):  # apart: two at once that share nothing, each with all rows
                         list(pool.map(step.launch, [command] * (1 + (name == "apart")), (1, 1)))
                 for key, more in json.loads(Path(folder, "found.json").read_text()).items():
                     times.setdefault(key, []).extend(more)
-    print(f"{args.rows} rows; seconds of an optimizer step (medians of {args.rounds * args.steps}) on one rank, on two, and on one "
-          "while another does the same")
-    print(f"{'':20}{'one':>8}{'two':>8}{'apart':>8}  one / two, target: 1.7   2 one / apart, the machine's own")
+    print(
+        f"{args.rows} rows; seconds of an optimizer step (medians of {args.rounds * args.steps}) on one rank, on two, and on one "
+        "while another does the same"
+    )
+    print(
+        f"{'':20}{'one':>8}{'two':>8}{'apart':>8}  one / two, target: 1.7   2 one / apart, the machine's own"
+    )
     for key in found["one"]:
         one, two, apart = (statistics.median(times[key]) for times in found.values())
         print(f"{key:20}{one:8.2f}{two:8.2f}{apart:8.2f}{one / two:11.2f}{2 * one / apart:25.2f}")

@@ -22,7 +22,13 @@ GROUP = 8  # samples of a question
 STEPS = 3  # in each process; the first is not timed
 LR = 1e-5
 SIZE = {"vocab_size": 16384, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
 
 
 def rows(count: int) -> list[tuple[list[int], list[int], float]]:
@@ -32,7 +38,13 @@ def rows(count: int) -> list[tuple[list[int], list[int], float]]:
         prompt = draw.choices(range(10, 16000), k=draw.randint(20, 120))
         for _ in range(GROUP):
             length = max(8, min(1024, round(draw.lognormvariate(4.9, 0.9))))
-            found.append((prompt, draw.choices(range(10, 16000), k=length), draw.choice([-1.0, -0.5, 0.25, 1.0])))
+            found.append(
+                (
+                    prompt,
+                    draw.choices(range(10, 16000), k=length),
+                    draw.choice([-1.0, -0.5, 0.25, 1.0]),
+                )
+            )
     return found
 
 
@@ -81,7 +93,12 @@ class Meter:
 
     def report(self, losses: list[float], norms: list[float]) -> str:
         return json.dumps(
-            {"seconds": self.seconds[1:], "memory": memory("VmHWM") - self.before, "losses": losses, "norms": norms}
+            {
+                "seconds": self.seconds[1:],
+                "memory": memory("VmHWM") - self.before,
+                "losses": losses,
+                "norms": norms,
+            }
         )
 
 
@@ -126,7 +143,9 @@ def our_run(folder: str, batch, *flags):
             )
         )
     )
-    run.questions = [data.Question(str(i), prompt, "", response) for i, (prompt, response, _) in enumerate(batch)]
+    run.questions = [
+        data.Question(str(i), prompt, "", response) for i, (prompt, response, _) in enumerate(batch)
+    ]
     run.state.sft_queue = [list(range(len(batch)))] * 100
     return run
 
@@ -135,7 +154,17 @@ def responses(run, batch) -> list:
     import mifo
 
     return [
-        mifo.Response(i, run.questions[i], False, response, [-9.7] * len(response), False, "", "correct", advantage)
+        mifo.Response(
+            i,
+            run.questions[i],
+            False,
+            response,
+            [-9.7] * len(response),
+            False,
+            "",
+            "correct",
+            advantage,
+        )
         for i, (_, response, advantage) in enumerate(batch)
     ]
 
@@ -156,7 +185,12 @@ def ours(args, batch) -> str:
         *args.flags.split(),
         "--activation-checkpointing" if args.checkpointing else "--no-activation-checkpointing",
     )
-    samples, losses, norms, which = responses(run, batch), [], [], "rl" if args.what == "grpo" else "sft"
+    samples, losses, norms, which = (
+        responses(run, batch),
+        [],
+        [],
+        "rl" if args.what == "grpo" else "sft",
+    )
     meter = Meter()
     for _ in range(STEPS):
         meter.start()
@@ -219,7 +253,10 @@ def trl(args, batch) -> str:
     )
     watch = Watch()
     if args.what == "sft":
-        found = [{"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)} for p, r, _ in batch]
+        found = [
+            {"input_ids": p + r, "completion_mask": [0] * len(p) + [1] * len(r)}
+            for p, r, _ in batch
+        ]
         trainer = SFTTrainer(
             model,
             SFTConfig(max_length=None, completion_only_loss=True, **common),
@@ -233,8 +270,15 @@ def trl(args, batch) -> str:
 
         def padded(parts, left):
             width = max(map(len, parts))
-            ids = [[0] * (width - len(p)) + p if left else p + [0] * (width - len(p)) for p in parts]
-            mask = [[0] * (width - len(p)) + [1] * len(p) if left else [1] * len(p) + [0] * (width - len(p)) for p in parts]
+            ids = [
+                [0] * (width - len(p)) + p if left else p + [0] * (width - len(p)) for p in parts
+            ]
+            mask = [
+                [0] * (width - len(p)) + [1] * len(p)
+                if left
+                else [1] * len(p) + [0] * (width - len(p))
+                for p in parts
+            ]
             return torch.tensor(ids), torch.tensor(mask)
 
         class Prepared(GRPOTrainer):
@@ -271,23 +315,40 @@ def worker(args) -> None:
 
 def launch(command: list[str], ranks: int) -> None:
     """Runs a script on one rank, or by torchrun on several; leaves with its output if it fails."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     env = os.environ | {"ACCELERATE_USE_CPU": "true"} | (ALONE if ranks == 1 else {})
-    done = subprocess.run([sys.executable, *torchrun, *command], env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command], env=env, text=True, capture_output=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["grpo", "sft"])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rows", type=int, default=16, help="of the batch, over all ranks")
-    parser.add_argument("--per-device", type=int, default=8, help="rows of a micro-batch of TRL's (its default)")
     parser.add_argument(
-        "--micro-tokens", type=int, default=0, help="of a micro-batch of ours; 0: as many as one of TRL's has padded"
+        "--per-device", type=int, default=8, help="rows of a micro-batch of TRL's (its default)"
     )
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides (TRL's default)")
+    parser.add_argument(
+        "--micro-tokens",
+        type=int,
+        default=0,
+        help="of a micro-batch of ours; 0: as many as one of TRL's has padded",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute activations, on both sides (TRL's default)",
+    )
     parser.add_argument("--flags", default="", help="more of ours, in one string")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", choices=["trl", "ours"], help=argparse.SUPPRESS)
@@ -307,12 +368,19 @@ def main() -> None:
                     path.unlink()
     batch = rows(args.rows)
     tokens = sum(len(p) + len(r) for p, r, _ in batch)
-    speed = {side: tokens / statistics.median(s for run in runs for s in run[0]["seconds"]) for side, runs in results.items()}
+    speed = {
+        side: tokens / statistics.median(s for run in runs for s in run[0]["seconds"])
+        for side, runs in results.items()
+    }
     peak = {
-        side: statistics.median(max(rank["memory"] for rank in run) for run in runs) / 2**20 for side, runs in results.items()
+        side: statistics.median(max(rank["memory"] for rank in run) for run in runs) / 2**20
+        for side, runs in results.items()
     }
     far = {
-        key: max(abs(a - b) / max(abs(a), 1e-3) for a, b in zip(results["trl"][0][0][key], results["ours"][0][0][key]))
+        key: max(
+            abs(a - b) / max(abs(a), 1e-3)
+            for a, b in zip(results["trl"][0][0][key], results["ours"][0][0][key])
+        )
         for key in ("losses", "norms")
     }
     print(
@@ -324,8 +392,12 @@ def main() -> None:
         f"{'tokens a second':24}{speed['trl']:10.0f}{speed['ours']:10.0f}{speed['ours'] / speed['trl']:8.2f}  "
         f"at least {2.0 if args.what == 'grpo' else 1.5}"
     )
-    print(f"{'peak memory, MiB':24}{peak['trl']:10.0f}{peak['ours']:10.0f}{peak['ours'] / peak['trl']:8.2f}  at most 0.6")
-    print(f"largest relative difference over {STEPS} steps: loss {far['losses']:.1e}, gradient norm {far['norms']:.1e}")
+    print(
+        f"{'peak memory, MiB':24}{peak['trl']:10.0f}{peak['ours']:10.0f}{peak['ours'] / peak['trl']:8.2f}  at most 0.6"
+    )
+    print(
+        f"largest relative difference over {STEPS} steps: loss {far['losses']:.1e}, gradient norm {far['norms']:.1e}"
+    )
 
 
 if __name__ == "__main__":

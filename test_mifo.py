@@ -5904,3 +5904,272 @@ def test_behavior_logprobs_are_the_behavior_models(loop_folder, loop_found):
         assert (
             sum(found["behavior again"] for found in ranks) == world
         )  # the last row of each file had been cut
+
+
+# --------------------------------------------------------------------------------------------------
+# The README's snippets
+
+
+def readme_block(heading, language):
+    """The first fenced block of this language under the heading, verbatim."""
+    section = (ROOT / "README.md").read_text().split(f" {heading}\n", 1)[1]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+
+
+def readme_run(heading, **names):
+    """The names that the Python block under the heading leaves behind, executed as it stands."""
+    exec(compile(readme_block(heading, "python"), f"README.md: {heading}", "exec"), names)
+    return names
+
+
+class ReadmeFreeze:
+    """A small regression after three AdamW steps, so that its moments are warm, as RL leaves them.
+
+    `train` goes on from there in plain float64 NumPy, on a flat vector of all parameters.
+    """
+
+    LR, DECAY, BETAS, EPS = 0.01, 0.1, (0.9, 0.999), 1e-8
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = self.network()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, self.LR, betas=self.BETAS, eps=self.EPS, weight_decay=self.DECAY
+        )
+        self.batches = [(torch.randn(8, 5), torch.randn(8, 3)) for _ in range(6)]
+        self.before = [p.detach().clone() for p in self.parameters]
+        for batch in self.batches[:3]:
+            self.loss(self.model, batch).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        states = [self.optimizer.state[p] for p in self.parameters]
+        self.first = self.flat([state["exp_avg"] for state in states])
+        self.second = self.flat([state["exp_avg_sq"] for state in states])
+        self.steps = 3
+        distance = np.abs(self.flat(self.parameters) - self.flat(self.before))
+        most_moved = np.argsort(-distance)[: len(distance) // 2]
+        self.frozen = np.isin(np.arange(len(distance)), most_moved)
+
+    @staticmethod
+    def network():
+        return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+
+    @staticmethod
+    def flat(tensors):
+        return torch.cat([t.detach().flatten() for t in tensors]).double().numpy()
+
+    @staticmethod
+    def loss(model, batch):
+        x, y = batch
+        return (model(x.to(model[0].weight.dtype)) - y).pow(2).sum()
+
+    def gradient(self, theta, batch):
+        """The loss's gradient at the flat parameters, without the frozen entries."""
+        model = self.network().double()
+        torch.nn.utils.vector_to_parameters(torch.tensor(theta), model.parameters())
+        self.loss(model, batch).backward()
+        return np.where(self.frozen, 0.0, self.flat([p.grad for p in model.parameters()]))
+
+    def step(self, theta, gradient):
+        """One AdamW step along the gradient, its norm clipped to 1."""
+        norm = np.sqrt((gradient**2).sum())
+        gradient = gradient * min(1.0, 1.0 / (norm + 1e-6))
+        one, two = self.BETAS
+        self.first = one * self.first + (1 - one) * gradient
+        self.second = two * self.second + (1 - two) * gradient**2
+        self.steps += 1
+        mean = self.first / (1 - one**self.steps)
+        root = np.sqrt(self.second / (1 - two**self.steps)) + self.EPS
+        return theta * (1 - self.LR * self.DECAY) - self.LR * mean / root
+
+    def train(self, batches):
+        """(parameters, gradient norms, least movement of a frozen entry before it is put back)."""
+        theta = start = self.flat(self.parameters)
+        norms, drifts = [], []
+        for batch in batches:
+            gradient = self.gradient(theta, batch)
+            norms.append(np.sqrt((gradient**2).sum()))
+            theta = self.step(theta, gradient)
+            drifts.append(np.abs(theta - start)[self.frozen].min())
+            theta = np.where(self.frozen, start, theta)
+        return theta, norms, min(drifts)
+
+
+def readme_assert_frozen(job, start, expected):
+    """Frozen entries have the bits of the start; all others moved, to where plain AdamW goes."""
+    end = job.flat(job.parameters)
+    assert (end[job.frozen] == start[job.frozen]).all()
+    assert (end[~job.frozen] != start[~job.frozen]).all()
+    np.testing.assert_allclose(end, expected, rtol=0, atol=2e-6)
+
+
+def test_the_readmes_freeze_holds_the_most_moved_half_and_steps_the_rest_by_plain_adamw():
+    job = ReadmeFreeze()
+    start = job.flat(job.parameters)
+    expected, norms, drift = job.train(job.batches[3:])
+    assert min(norms) > 1 and drift > 1e-6  # clipping acts, and so does the putting back
+    readme_run(
+        "The freeze in your own AdamW loop",
+        torch=torch,
+        model=job.model,
+        parameters=job.parameters,
+        optimizer=job.optimizer,
+        before_rl=job.before,
+        importance=[torch.zeros_like(p) for p in job.parameters],
+        demonstrations=job.batches[3:],
+        sft_loss=job.loss,
+    )
+    readme_assert_frozen(job, start, expected)
+
+
+def test_the_readmes_entropy_mask_gives_the_mean_over_each_rows_least_certain_fifth():
+    vocabulary, length = 11, 13
+    prompts, responses = [3, 2, 4, 1], [10, 6, 5, 1]
+    torch.manual_seed(1)
+    table = torch.nn.Parameter(torch.randn(vocabulary, vocabulary))  # a bigram model's logits
+    tokens = torch.randint(vocabulary, (4, length))
+    mask = torch.zeros(4, length - 1, dtype=torch.bool)
+    chosen = []
+    for row, (prompt, n) in enumerate(zip(prompts, responses)):
+        mask[row, prompt - 1 : prompt - 1 + n] = True
+        entropies = []
+        for t in range(prompt - 1, prompt - 1 + n):
+            p = table[tokens[row, t]].detach().double().softmax(0)
+            entropies.append((-sum(x * math.log(x) for x in p.tolist()), t))
+        kept = sorted(entropies, reverse=True)[: math.ceil(n / 5)]
+        chosen += [(row, t) for _, t in kept]
+    assert len(chosen) == 2 + 2 + 1 + 1
+    oracle = table.detach().double().requires_grad_()
+    terms = [oracle[tokens[r, t]].log_softmax(0)[tokens[r, t + 1]] for r, t in chosen]
+    expected = -sum(terms) / len(terms)
+    expected.backward()
+    total = 0.0
+    for rows in ([0, 1, 2], [3]):  # two micro-batches of one step
+        found = readme_run(
+            "The entropy mask in an SFT loss",
+            model=lambda ids: argparse.Namespace(logits=table[ids]),
+            tokens=tokens[rows],
+            response_mask=mask[rows],
+            lengths=responses,
+        )
+        found["loss"].backward()
+        total += found["loss"].item()
+    assert total == pytest.approx(expected.item(), abs=1e-6)
+    torch.testing.assert_close(table.grad.double(), oracle.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [[[0, 1, 2], [3], [4, 5]], [[5, 0, 4, 2, 1, 3]]])
+def test_the_readmes_grpo_loss_steps_along_the_clipped_gradient_however_it_is_split(micro_batches):
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    old = pure_rand(6, 8, seed=2) - 2
+    model = torch.nn.Module()
+    model.logprobs = torch.nn.Parameter(old + pure_rand(6, 8, seed=3, scale=0.4))
+    mask = torch.arange(8) < torch.tensor([8, 3, 5, 1, 7, 6])[:, None]
+    start = model.logprobs.detach().clone()
+    gradient = torch.zeros_like(start)
+    cases = set()
+    for row in range(6):
+        group = rewards[row // 3]
+        advantage = group[row % 3].item() - sum(group.tolist()) / 3
+        for t in range(int(mask[row].sum())):
+            ratio = math.exp(start[row, t] - old[row, t])
+            clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
+            cases.add((advantage > 0, clipped))
+            gradient[row, t] = 0.0 if clipped else -ratio * advantage / int(mask.sum())
+    assert len(cases) == 4
+    gradient *= 40  # so that the norm is above 1, and is clipped
+    assert gradient.norm() > 1
+    readme_run(
+        "The GRPO loss",
+        torch=torch,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        rewards=rewards * 40,
+        old_logprobs=old,
+        mask=mask,
+        micro_batches=micro_batches,
+        response_logprobs=lambda model, rows: model.logprobs[rows],
+    )
+    moved = model.logprobs.detach() - start
+    torch.testing.assert_close(moved, -gradient / gradient.norm(), rtol=0, atol=1e-6)
+
+
+class ReadmeTrained(torch.nn.Module):
+    """Gives its own loss, twice a sum: a Trainer halves it for two micro-batches."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y, **_):
+        return {"loss": 2 * ReadmeFreeze.loss(self.model, (x, y))}
+
+
+def test_the_readmes_callback_freezes_under_a_trainer(tmp_path):
+    """The norm that the Trainer clips by, and logs, is that of the free entries alone."""
+    pytest.importorskip("accelerate")
+    job = ReadmeFreeze()
+    start = job.flat(job.parameters)
+    parts = torch.tensor(job.frozen).split([p.numel() for p in job.parameters])
+    frozen = [part.view_as(p) for part, p in zip(parts, job.parameters)]
+    examples = [{"x": x, "y": y} for batch in job.batches[3:5] for x, y in zip(*batch)]
+    expected, norms, drift = job.train(job.batches[3:5])
+    assert min(norms) > 1 and drift > 1e-6
+    callback = readme_run("The freeze in a `transformers` Trainer, TRL's included")["Freeze"]
+    settings = transformers.TrainingArguments(
+        output_dir=tmp_path,
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )
+    constant = torch.optim.lr_scheduler.LambdaLR(job.optimizer, lambda _: 1.0)
+    trainer = transformers.Trainer(
+        ReadmeTrained(job.model),
+        settings,
+        train_dataset=examples,
+        optimizers=(job.optimizer, constant),
+        callbacks=[callback(frozen)],
+    )
+    trainer.train()
+    logged = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert logged == pytest.approx(norms, rel=1e-5)
+    readme_assert_frozen(job, start, expected)
+    job.loss(job.model, job.batches[0]).backward()  # the hooks are gone
+    assert all((p.grad != 0).all() for p in job.parameters)
+
+
+def test_the_readmes_rows_can_be_checked():
+    lines = readme_block("Your own data", "json").splitlines()
+    worked, plain = (json.loads(line) for line in lines)
+    golds, kinds = [worked["answer"], plain["answer"]], ["math", plain["kind"]]
+    responses = [worked["solution"], "The answer is (B)."]
+    with evaluation.Checker(limit=20.0) as checker:
+        assert checker.check_golds(golds, kinds) == ["correct", "correct"]
+        assert checker.check(responses, golds, kinds) == ["correct", "correct"]
+        assert checker.check(["It is 9.", "It is carbon dioxide."], golds, kinds) == [
+            "unparsed",
+            "unparsed",
+        ]
+
+
+def test_the_readmes_methods_differ_from_mifo_in_the_flags_of_their_row(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    head = "| method | flags that differ from MIFO |\n"
+    table = (ROOT / "README.md").read_text().split(head)[1].split("\n\n")[0]
+    rows = table.splitlines()[1:]
+    assert len(rows) == 6
+    default = dataclasses.asdict(mifo.parse_config([]))
+    for row in rows:
+        flags = shlex.split(re.search(r"`(.*)`", row)[1])
+        config = dataclasses.asdict(mifo.parse_config(flags))
+        changed = {name for name in config if config[name] != default[name]}
+        assert changed == {flag[2:].replace("-", "_") for flag in flags[::2]}, row

@@ -4,7 +4,8 @@
 
 `ranks` takes its steps without and with --gather-once in turn, on one rank, on two, and on two
 processes that share nothing: what those do together is the most that two ranks could here.
-`sizes` goes over 16-fold ranges and draws assets/scaling.png; the slope is that of log(seconds) against log(size), 1 for linear.
+`sizes` goes over 16-fold ranges and draws assets/scaling.png; the slope is that of log(seconds)
+against log(size), 1 for linear.
 """
 
 import argparse

@@ -3191,7 +3191,7 @@ def test_eval_with_vllm_on_two_ranks(eval_model, tmp_path):
     assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 2 * evaluation.CHAINS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparing runs, and the experiment's second task
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
@@ -3362,7 +3362,7 @@ def test_countdown_base_model_reads_wrong_answers_to_the_longer_questions():
     assert verdicts == {2: right, 3: right, 4: right, 5: wrong, 6: wrong}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recipes and presets
 
 MATHS_RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("qwen2.5-math-*.toml"))
@@ -3479,7 +3479,7 @@ def test_recipes_are_the_presets(monkeypatch, recipe, preset):
     assert recipe_difference(*configs) == set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The memory plan, against numbers worked out by hand from the published shapes of Qwen2.5-Math
 
 PLAN_15B = dict(
@@ -3576,18 +3576,21 @@ def test_memory_plan_sums_each_phase(monkeypatch):
 FREEZING = {"importance map and anchor", "mask and importance of one tensor"}
 # fmt: off
 PLAN_CHANGES = [  # flags beside MIFO's recipe; rows that they take away; rows that they add
-    ("--schedule rl",                        {"AdamW of SFT, two moments", *FREEZING}, set()),
-    ("--schedule sft",                       {"AdamW of RL, two moments", *FREEZING}, set()),
-    ("--schedule sft-then-rl",               FREEZING, set()),
-    ("--schedule sft-then-rl --pear block",  FREEZING, {"PEAR's behaviour model, float32"}),
-    ("--freeze off",                         FREEZING, set()),
-    ("--kl-coef 0.1",                        set(), {"reference model, float32"}),
-    ("--gather-once",                        {"two layers gathered", "embeddings and head gathered"},
-                                             {"gradients not yet reduced, float32", "weights gathered"}),
-    ("--offload-importance",                 {"importance map and anchor"},
-                                             {"host memory of a rank, from then on"}),
-    ("--no-activation-checkpointing",        {"activations kept", "activations of a layer, recomputed"},
-                                             {"activations"}),
+    ("--schedule rl", {"AdamW of SFT, two moments", *FREEZING}, set()),
+    ("--schedule sft", {"AdamW of RL, two moments", *FREEZING}, set()),
+    ("--schedule sft-then-rl", FREEZING, set()),
+    ("--schedule sft-then-rl --pear block", FREEZING, {"PEAR's behaviour model, float32"}),
+    ("--freeze off", FREEZING, set()),
+    ("--kl-coef 0.1", set(), {"reference model, float32"}),
+    ("--gather-once",
+     {"two layers gathered", "embeddings and head gathered"},
+     {"gradients not yet reduced, float32", "weights gathered"}),
+    ("--offload-importance",
+     {"importance map and anchor"},
+     {"host memory of a rank, from then on"}),
+    ("--no-activation-checkpointing",
+     {"activations kept", "activations of a layer, recomputed"},
+     {"activations"}),
 ]
 # fmt: on
 
@@ -3682,7 +3685,7 @@ def test_plan_prints_the_scaling_table(monkeypatch, capsys):
     assert all(row in table for row in rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The dry run
 
 DRY_TEMPLATE = (

@@ -2978,160 +2978,6 @@ def test_eval_hub_layouts(tmp_path, monkeypatch):
     )
 
 
-def compare_run(folder: Path, lines: list[tuple], **config) -> Path:
-    """A run's folder as mifo.py leaves it; lines are (rl_steps, sft_steps, answers of bench a, of bench b)."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps({"evaluate": "a,b", "out": str(folder), **config})
-    )
-    (folder / "evaluations.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "step": i,
-                    "rl_steps": rl,
-                    "sft_steps": sft,
-                    "sft_phases": sft // 2,
-                    "demonstrations": 3 * sft,
-                    "sampled_tokens": 100 * rl,
-                    "benches": {
-                        name: {
-                            "avg": np.mean(right),
-                            "levels": {"1": right[0], "2": np.mean(right[1:])},
-                            "correct": right,
-                        }
-                        for name, right in (("a", a), ("b", b))
-                    },
-                }
-            )
-            + "\n"
-            for i, (rl, sft, a, b) in enumerate(lines)
-        )
-    )
-    return folder
-
-
-def test_eval_compare(tmp_path, capsys, monkeypatch):
-    lines = [
-        (0, 0, [0, 0, 1], [1, 0]),
-        (4, 0, [1, 1, 1], [1, 0]),
-        (4, 2, [0, 1, 0], [1, 1]),
-        (10, 2, [1, 1, 0], [0, 1]),
-        (10, 4, [1, 0, 0], [0, 0]),
-    ]
-    run = evaluation.read_run(compare_run(tmp_path / "x", lines, seed=0))
-    heights = [np.mean([np.mean(a), np.mean(b)]) for _, _, a, b in lines]
-    np.testing.assert_allclose(
-        run["curve"], [(rl, height) for (rl, *_), height in zip(lines, heights)]
-    )
-    assert run["area"] == pytest.approx(np.trapezoid(heights, [0, 4, 4, 10, 10]) / 10)
-    # four were right before the first phase, of which two were lost; three before the second, which kept one
-    assert run["forgotten"] == pytest.approx((2 / 4 + 2 / 3) / 2)
-    assert run["final"] == heights[-1] and (
-        run["demonstrations"],
-        run["sampled_tokens"],
-        run["sft_phases"],
-    ) == (12, 1000, 2)
-    assert run["levels"] == {"a 1": 1, "a 2": 0, "b 1": 0, "b 2": 0}
-    bare = evaluation.read_run(compare_run(tmp_path / "y", lines[:1] * 2, seed=0))
-    assert bare["area"] is None and bare["forgotten"] is None
-    folders = [
-        compare_run(
-            tmp_path / f"{alpha}-{seed}",
-            [*lines, (12, 4, [1, right, 0], [1, 0])],
-            seed=seed,
-            alpha=alpha,
-            model=f"m/base-{seed}",
-        )
-        for alpha, right in ((0.0, 1), (0.9, 0))
-        for seed in (3, 13)
-    ]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["eval.py", "compare", *map(str, folders), "--out", str(tmp_path / "figure.png")],
-    )
-    evaluation.main()
-    table = capsys.readouterr().out.splitlines()
-    rows = {
-        cells[1].strip(): [cell.strip() for cell in cells[2:]]
-        for cells in (line.split("|") for line in table[:-1])
-    }
-    assert rows["--alpha 0.0"][:2] == ["2", "0.583 ± 0.000"] and rows["--alpha 0.9"][:2] == [
-        "2",
-        "0.417 ± 0.000",
-    ]
-    assert plt_image(tmp_path / "figure.png")
-    for broken in (tmp_path, compare_run(tmp_path / "z", [], seed=0)):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "compare", str(broken)])
-        with pytest.raises(SystemExit) as stop:
-            evaluation.main()
-        assert (
-            stop.value.code == 2
-            and f"eval.py: {broken}: not the folder of a run" in capsys.readouterr().err
-        )
-
-
-def plt_image(path: Path) -> bool:
-    """Whether a PNG shows more than one colour."""
-    from matplotlib import pyplot as plt
-
-    image = plt.imread(path)
-    return image.shape[0] > 200 and image.std() > 0.01
-
-
-def test_eval_interval_is_students():
-    """The covered share of its density, integrated: 97.5 % below each tabulated value."""
-    for freedom, value in [
-        *enumerate(evaluation.T, 1),
-        (25, 1.96 + 2.5 / 25),
-        (200, 1.96 + 2.5 / 200),
-    ]:
-        x = np.linspace(0, value, 200_001)
-        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(
-            freedom * math.pi
-        )
-        assert 0.5 + scale * np.trapezoid(density, x) == pytest.approx(0.975, abs=3e-4), freedom
-    mean, half = evaluation.interval([1.0, 2.0, 3.0, 6.0])
-    assert mean == 3 and half == pytest.approx(3.18 * np.std([1, 2, 3, 6], ddof=1) / 2)
-    assert evaluation.interval([1.0])[0] == 1 and math.isnan(evaluation.interval([1.0])[1])
-
-
-def test_countdown_task(monkeypatch):
-    """Demonstrations are right, each as probable as any right answer; the base reads wrong ones for the longer questions."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import countdown
-
-    rows, tokenizer = countdown.rows("train", 90), countdown.tokenizer()
-    for row in rows:
-        assert evaluation.countdown_verdict(row["solution"], row["answer"]) == "correct"
-        numbers, target = row["answer"].split(" = ")
-        signs = itertools.product("+-", repeat=numbers.count(" "))
-        right = sum(
-            eval("".join(itertools.chain(*zip(numbers.split(), (*s, ""))))) == int(target)
-            for s in signs
-        )
-        assert math.exp(sum(row["behavior_logprobs"])) == pytest.approx(1 / right)
-        assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
-        assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
-    assert not {row["question"] for row in rows} & {
-        row["question"] for row in countdown.rows("eval", 90)
-    }
-    work = "<9+6=15><15+5=20><20+5=25><25+5=30><30-8=2*11><11=6+5>[9-6+5-5+5]"  # one of the three fives is subtracted
-    found = countdown.expert_logprobs([9, 6, 5, 5, 5], 8, work)
-    assert {work[i - 1 : i + 1]: math.exp(p) for i, p in enumerate(found) if p} == pytest.approx(
-        {"6+": 2 / 3, "5-": 1 / 2}
-    )
-    rng, verdicts = random.Random(0), {}
-    for _ in range(200):
-        question, work = countdown.base_example(rng)
-        numbers, target = question.rstrip("?").split("=")
-        verdict = evaluation.countdown_verdict(work, f"{numbers.replace(',', ' ')} = {target}")
-        verdicts.setdefault(numbers.count(",") + 1, set()).add(verdict)
-    assert verdicts == {2: {"correct"}, 3: {"correct"}, 4: {"correct"}, 5: {"wrong"}, 6: {"wrong"}}
-
-
 def test_data_kind_column(data_tok, tmp_path):
     rows = [
         {"question": "1,2=3?", "answer": "1 2 = 3", "solution": "[1+2]", "kind": "countdown"},
@@ -3355,26 +3201,200 @@ def test_eval_with_vllm_on_two_ranks(eval_model, tmp_path):
     assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 2 * evaluation.CHAINS
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Comparing runs, and the experiment's second task
+
+sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
+import compare  # noqa: E402
+import countdown  # noqa: E402
+import plan  # noqa: E402
+
+# fmt: off
+COMPARED = [  # RL steps, SFT steps, answers of benchmark a, of benchmark b (1: right)
+    (0,  0, [0, 0, 1], [1, 0]),
+    (4,  0, [1, 1, 1], [1, 0]),
+    (4,  2, [0, 1, 0], [1, 1]),
+    (10, 2, [1, 1, 0], [0, 1]),
+    (10, 4, [1, 0, 0], [0, 0]),
+]
+# fmt: on
+
+
+def compare_run(folder: Path, evaluations: list[tuple], **config) -> Path:
+    """A run's folder as mifo.py leaves it, with evaluations as those of COMPARED."""
+    folder.mkdir(parents=True)
+    settings = {"evaluate": "a,b", "out": str(folder), **config}
+    (folder / "config.json").write_text(json.dumps(settings))
+    lines = []
+    for step, (rl_steps, sft_steps, *answers) in enumerate(evaluations):
+        benches = {}
+        for name, right in zip("ab", answers):
+            levels = {"1": right[0], "2": np.mean(right[1:])}
+            benches[name] = {"avg": np.mean(right), "levels": levels, "correct": right}
+        line = {
+            "step": step,
+            "rl_steps": rl_steps,
+            "sft_steps": sft_steps,
+            "sft_phases": sft_steps // 2,
+            "demonstrations": 3 * sft_steps,
+            "sampled_tokens": 100 * rl_steps,
+            "benches": benches,
+        }
+        lines.append(json.dumps(line) + "\n")
+    (folder / "evaluations.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_compare_reads_a_runs_measures(tmp_path):
+    run = compare.read_run(compare_run(tmp_path / "x", COMPARED, seed=0))
+    heights = [np.mean([np.mean(a), np.mean(b)]) for _, _, a, b in COMPARED]
+    np.testing.assert_allclose(run["curve"], list(zip([0, 4, 4, 10, 10], heights)))
+    assert run["area"] == pytest.approx(np.trapezoid(heights, [0, 4, 4, 10, 10]) / 10)
+    # Four were right before the first phase, of which it lost two; three before the second, which
+    # kept one.
+    assert run["forgotten"] == pytest.approx((2 / 4 + 2 / 3) / 2)
+    assert run["final"] == heights[-1]
+    counts = run["demonstrations"], run["sampled_tokens"], run["sft_phases"]
+    assert counts == (12, 1000, 2)
+    assert run["levels"] == {"a 1": 1, "a 2": 0, "b 1": 0, "b 2": 0}
+
+
+def test_compare_leaves_open_what_a_run_has_nothing_of(tmp_path):
+    run = compare.read_run(compare_run(tmp_path / "x", COMPARED[:1] * 2, seed=0))
+    assert run["area"] is None and run["forgotten"] is None
+    cells = compare.comparison({"x": [run]}).splitlines()[-1].split("|")
+    assert [cell.strip() for cell in cells[1:7]] == ["x", "1", "0.417", "", "", "0"]
+
+
+def compare_main(monkeypatch, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, argv)])
+    compare.main()
+
+
+def test_compare_puts_runs_of_several_seeds_in_one_line(tmp_path, capsys, monkeypatch):
+    folders = []
+    for alpha, right in ((0.0, 1), (0.9, 0)):
+        for seed, other in ((3, 0), (13, 1)):
+            evaluations = [*COMPARED, (12, 4, [1, right, 0], [1, other])]
+            settings = {"seed": seed, "alpha": alpha, "model": f"m/base-{seed}"}
+            folders.append(compare_run(tmp_path / f"{alpha}-{seed}", evaluations, **settings))
+    spread = lambda values: (np.mean(values), np.ptp(values))  # so that scipy is not needed here
+    monkeypatch.setattr(compare, "interval", spread)
+    compare_main(monkeypatch, *folders, "--out", tmp_path / "figure.png")
+    *table, figure = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table]
+    assert rows[0] == ["", "runs", "accuracy at the end"]
+    assert rows[2:] == [
+        ["--alpha 0.0", "2", "0.708 ± 0.250"],
+        ["--alpha 0.9", "2", "0.542 ± 0.250"],
+    ]
+    assert figure == f"figure: {tmp_path / 'figure.png'}"
+    assert plt_image(tmp_path / "figure.png")
+
+
+def plt_image(path: Path) -> bool:
+    """Whether a PNG shows more than one colour."""
+    from matplotlib import pyplot as plt
+
+    image = plt.imread(path)
+    return image.shape[0] > 200 and image.std() > 0.01
+
+
+def test_compare_refuses_in_one_line(tmp_path, capsys, monkeypatch):
+    whole = compare_run(tmp_path / "x", COMPARED, seed=0)
+    empty = compare_run(tmp_path / "y", [], seed=0)
+    other = compare_run(tmp_path / "z", COMPARED, seed=0, evaluate="a")
+    for argv, message in (
+        ([tmp_path], f"{tmp_path}: not the folder of a run"),
+        ([whole, empty], f"{empty}: not the folder of a run"),
+        ([whole, other], "different benchmarks"),
+        ([whole, whole], "scipy is missing: pip install"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setitem(sys.modules, "scipy", None)  # as where it is not installed
+            compare_main(patch, *argv, "--out", tmp_path / "figure.png")
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert error.startswith("compare.py: error: ") and message in error
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 20, 200])
+def test_interval_is_students(freedom):
+    """Student's density, integrated up to the interval's end, is 97.5 % of all of it."""
+    pytest.importorskip("scipy")
+    values = np.random.default_rng(0).normal(size=freedom + 1)
+    mean, half = compare.interval(values.tolist())
+    assert mean == pytest.approx(np.mean(values))
+    end = half / np.std(values, ddof=1) * math.sqrt(freedom + 1)
+    x = np.linspace(0, end, 200_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    assert 0.5 + scale * np.trapezoid(density, x) == pytest.approx(0.975, abs=1e-6)
+
+
+def test_interval_of_a_single_value_is_open():
+    mean, half = compare.interval([1.0])
+    assert mean == 1 and math.isnan(half)
+
+
+def test_countdown_demonstrations_are_right_and_each_as_probable_as_any_right_answer():
+    rows, tokenizer = countdown.rows("train", 90), countdown.tokenizer()
+    for row in rows:
+        assert evaluation.countdown_verdict(row["solution"], row["answer"]) == "correct"
+        numbers, target = row["answer"].split(" = ")
+        right = 0
+        for signs in itertools.product("+-", repeat=numbers.count(" ")):
+            letters = itertools.chain(*zip(numbers.split(), (*signs, "")))
+            right += eval("".join(letters)) == int(target)
+        assert math.exp(sum(row["behavior_logprobs"])) == pytest.approx(1 / right)
+        assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
+        assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
+    trained = {row["question"] for row in rows}
+    assert not trained & {row["question"] for row in countdown.rows("eval", 90)}
+
+
+def test_countdown_logprobs_are_those_of_the_choices():
+    # One of the three fives is subtracted.
+    work = "<9+6=15><15+5=20><20+5=25><25+5=30><30-8=2*11><11=6+5>[9-6+5-5+5]"
+    logprobs = countdown.expert_logprobs([9, 6, 5, 5, 5], 8, work)
+    chosen = {work[i - 1 : i + 1]: math.exp(p) for i, p in enumerate(logprobs) if p}
+    assert chosen == pytest.approx({"6+": 2 / 3, "5-": 1 / 2})
+
+
+def test_countdown_base_model_reads_wrong_answers_to_the_longer_questions():
+    rng, verdicts = random.Random(0), {}
+    for _ in range(200):
+        question, work = countdown.base_example(rng)
+        numbers, target = question.rstrip("?").split("=")
+        verdict = evaluation.countdown_verdict(work, f"{numbers.replace(',', ' ')} = {target}")
+        verdicts.setdefault(numbers.count(",") + 1, set()).add(verdict)
+    right, wrong = {"correct"}, {"wrong"}
+    assert verdicts == {2: right, 3: right, 4: right, 5: wrong, 6: wrong}
+
+
+# --------------------------------------------------------------------------------------------------
 # Recipes and presets
 
 MATHS_RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("qwen2.5-math-*.toml"))
 SFT_STAGE = {"schedule", "rho", "sft_lr", "sft_schedule", "sft_batch", "sft_epochs"}
+# What an SFT run has no use for stays at its default.
+SFT_ALONE = {"schedule", "updates", "clip_high", "eval_every", "save_every"}
+# fmt: off
 RECIPE_DIFFERENCES = [
-    ("qwen2.5-math-7b", "qwen2.5-math-1.5b", {"model"}),
-    ("qwen2.5-math-1.5b-dagger", "qwen2.5-math-1.5b", {"alpha"}),
-    ("qwen2.5-math-7b-dagger", "qwen2.5-math-7b", {"alpha"}),
-    ("qwen2.5-math-grpo", "qwen2.5-math-7b", {"schedule"}),
-    ("qwen2.5-math-relift", "qwen2.5-math-7b", {"rho", "p", "freeze"}),
-    ("qwen2.5-math-sft-then-rl", "qwen2.5-math-7b", SFT_STAGE),
-    ("qwen2.5-math-pear", "qwen2.5-math-sft-then-rl", {"pear", "sft_lr", "sft_epochs"}),
-    # What an SFT run has no use for stays at its default.
-    (
-        "qwen2.5-math-sft",
-        "qwen2.5-math-sft-then-rl",
-        {"schedule", "updates", "clip_high", "eval_every", "save_every"},
-    ),
+    ("qwen2.5-math-7b",          "qwen2.5-math-1.5b",        {"model"}),
+    ("qwen2.5-math-1.5b-dagger", "qwen2.5-math-1.5b",        {"alpha"}),
+    ("qwen2.5-math-7b-dagger",   "qwen2.5-math-7b",          {"alpha"}),
+    ("qwen2.5-math-grpo",        "qwen2.5-math-7b",          {"schedule"}),
+    ("qwen2.5-math-relift",      "qwen2.5-math-7b",          {"rho", "p", "freeze"}),
+    ("qwen2.5-math-sft-then-rl", "qwen2.5-math-7b",          SFT_STAGE),
+    ("qwen2.5-math-pear",        "qwen2.5-math-sft-then-rl", {"pear", "sft_lr", "sft_epochs"}),
+    ("qwen2.5-math-sft",         "qwen2.5-math-sft-then-rl", SFT_ALONE),
 ]
+# fmt: on
+
+
+def recipe_file(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.toml"
 
 
 def recipe_config(monkeypatch, *argv):
@@ -3383,29 +3403,23 @@ def recipe_config(monkeypatch, *argv):
 
 
 def recipe_named(monkeypatch, name, *argv):
-    return recipe_config(monkeypatch, "--recipe", str(ROOT / "recipes" / f"{name}.toml"), *argv)
+    return recipe_config(monkeypatch, "--recipe", str(recipe_file(name)), *argv)
 
 
-def recipe_difference(one, other):
-    return {
-        f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)
-    } - {"recipe"}
+def recipe_difference(one, other) -> set[str]:
+    names = {field.name for field in dataclasses.fields(one)} - {"recipe"}
+    return {name for name in names if getattr(one, name) != getattr(other, name)}
 
 
 @pytest.mark.parametrize("name", MATHS_RECIPES)
 def test_recipe_parses_and_says_where_each_value_comes_from(monkeypatch, name):
     cfg = recipe_named(monkeypatch, name)
-    assert (
-        cfg.model in ("Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B")
-        and cfg.data == "Elliott/Openr1-Math-46k-8192"
-    )
-    assert (cfg.rope_theta, cfg.max_position_embeddings, cfg.generation_prefix) == (
-        40000.0,
-        16384,
-        "<think>\n",
-    )
+    assert cfg.model in ("Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B")
+    assert cfg.data == "Elliott/Openr1-Math-46k-8192"
+    assert (cfg.rope_theta, cfg.max_position_embeddings) == (40000.0, 16384)
+    assert cfg.generation_prefix == "<think>\n"
     assert set(cfg.evaluate.split(",")) <= set(evaluation.BENCHES)
-    lines = (ROOT / "recipes" / f"{name}.toml").read_text().splitlines()
+    lines = recipe_file(name).read_text().splitlines()
     values = [line for line in lines if line and not line.startswith("#")]
     assert len(values) > 20
     for line in values:
@@ -3413,75 +3427,69 @@ def test_recipe_parses_and_says_where_each_value_comes_from(monkeypatch, name):
     assert all(len(line) <= 120 for line in lines)
 
 
+def recipe_said_difference(one: str, other: str) -> set[str] | None:
+    """The settings that the first comment of a recipe says differ from another one's."""
+    comment = recipe_file(one).read_text().split("\n\n")[0]
+    head = " ".join(comment.replace("\n# ", " ").split())
+    said = re.search(rf"iffers from {re.escape(other)}.toml in ([\w, ]+)", head)
+    return set(re.split(r", | and ", said[1])) if said else None
+
+
 def test_recipes_differ_exactly_where_their_comments_say(monkeypatch):
     assert {one for one, _, _ in RECIPE_DIFFERENCES} | {"qwen2.5-math-1.5b"} == set(MATHS_RECIPES)
     for one, other, names in RECIPE_DIFFERENCES:
-        assert (
-            recipe_difference(recipe_named(monkeypatch, one), recipe_named(monkeypatch, other))
-            == names
-        ), one
-        head = " ".join(
-            (ROOT / "recipes" / f"{one}.toml")
-            .read_text()
-            .split("\n\n")[0]
-            .replace("\n# ", " ")
-            .split()
-        )
-        said = re.search(rf"iffers from {re.escape(other)}.toml in ([\w, ]+)", head)
-        if said:
-            assert set(re.split(r", | and ", said[1])) == names, one
+        configs = recipe_named(monkeypatch, one), recipe_named(monkeypatch, other)
+        assert recipe_difference(*configs) == names, one
+        assert recipe_said_difference(one, other) in (names, None), one
 
 
 def recipe_presets():
-    """[(name, flags that differ from MIFO, further ones on Qwen2.5-Math)] of the README's table."""
-    text = (ROOT / "README.md").read_text()
+    """[(name, flags that differ from MIFO, further ones on Qwen2.5-Math)] of recipes/README.md."""
+    text = (ROOT / "recipes" / "README.md").read_text()
     table = re.search(r"\| preset \|.*\n\|[-|]+\n((?:\|.*\n)+)", text)[1]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return [
-        (name, *(shlex.split((re.search(r"`(.*)`", cell) or ["", ""])[1]) for cell in flags))
-        for name, *flags in cells
-    ]
+    presets = []
+    for line in table.splitlines():
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        flags = [re.search(r"`(.*)`", cell) for cell in cells]
+        presets.append((name, *(shlex.split(found[1]) if found else [] for found in flags)))
+    return presets
 
 
-def test_presets_differ_from_mifo_in_exactly_the_flags_of_the_readme(monkeypatch):
+@pytest.mark.parametrize("recipe, further", [("qwen2.5-math-7b", True), ("embedded", False)])
+def test_presets_differ_from_mifo_in_exactly_their_flags(monkeypatch, recipe, further):
     presets = recipe_presets()
     assert len(presets) == 11 and presets[0] == ("MIFO", [], [])
-    for base, further in (
-        (ROOT / "recipes" / "qwen2.5-math-7b.toml", True),
-        (ROOT / "recipes" / "embedded.toml", False),
-    ):
-        mifo_config = recipe_config(monkeypatch, "--recipe", str(base))
-        resolved = []
-        for name, flags, more in presets:
-            flags = flags + (more if further else [])
-            cfg = recipe_config(monkeypatch, "--recipe", str(base), *flags)
-            assert recipe_difference(cfg, mifo_config) == {
-                f[2:].replace("-", "_") for f in flags[::2]
-            }, name
-            resolved.append(dataclasses.astuple(cfg))
-        assert len(set(resolved)) == len(presets)
+    plain = recipe_named(monkeypatch, recipe)
+    resolved = set()
+    for name, flags, more in presets:
+        flags = flags + more if further else flags
+        cfg = recipe_named(monkeypatch, recipe, *flags)
+        changed = {flag[2:].replace("-", "_") for flag in flags[::2]}
+        assert recipe_difference(cfg, plain) == changed, name
+        resolved.add(dataclasses.astuple(cfg))
+    assert len(resolved) == len(presets)
 
 
-def test_recipes_are_the_presets_of_the_readme(monkeypatch):
-    flags = {name: first + more for name, first, more in recipe_presets()}
-    for recipe, preset in (
-        ("dagger", "MIFO-dagger"),
-        ("relift", "MIFO without both (ReLIFT's scheme)"),
-        ("grpo", "GRPO"),
-        ("sft-then-rl", "SFT then RL"),
-        ("pear", "PEAR (block) then RL"),
-    ):
-        file = "qwen2.5-math-7b-dagger" if recipe == "dagger" else f"qwen2.5-math-{recipe}"
-        assert (
-            recipe_difference(
-                recipe_named(monkeypatch, file),
-                recipe_named(monkeypatch, "qwen2.5-math-7b", *flags[preset]),
-            )
-            == set()
-        ), recipe
+@pytest.mark.parametrize(
+    "recipe, preset",
+    [
+        ("qwen2.5-math-7b-dagger", "MIFO-dagger"),
+        ("qwen2.5-math-relift", "MIFO without both (ReLIFT's scheme)"),
+        ("qwen2.5-math-grpo", "GRPO"),
+        ("qwen2.5-math-sft-then-rl", "SFT then RL"),
+        ("qwen2.5-math-pear", "PEAR (block) then RL"),
+    ],
+)
+def test_recipes_are_the_presets(monkeypatch, recipe, preset):
+    [flags] = [first + more for name, first, more in recipe_presets() if name == preset]
+    configs = (
+        recipe_named(monkeypatch, recipe),
+        recipe_named(monkeypatch, "qwen2.5-math-7b", *flags),
+    )
+    assert recipe_difference(*configs) == set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The memory plan, against numbers worked out by hand from the published shapes of Qwen2.5-Math
 
 PLAN_15B = dict(
@@ -3507,12 +3515,12 @@ PLAN_7B = dict(
 
 
 def plan_of(monkeypatch, shape, *argv, recipe="qwen2.5-math-7b", world=8):
-    plan = mifo.memory_plan(
-        recipe_named(monkeypatch, recipe, *argv), transformers.Qwen2Config(**shape), world, 79.0
-    )
-    sizes = {what: size for what, size, _ in plan}
-    assert len(sizes) == len(plan) and all(size > 0 for size in sizes.values())
-    return sizes, {what: arithmetic for what, _, arithmetic in plan}
+    """({what: GiB}, {what: arithmetic}) of a GPU of 79 GiB."""
+    cfg = recipe_named(monkeypatch, recipe, *argv)
+    rows = plan.memory_plan(cfg, transformers.Qwen2Config(**shape), world, 79.0)
+    sizes = {what: size for what, size, _ in rows}
+    assert len(sizes) == len(rows) and all(size > 0 for size in sizes.values())
+    return sizes, {what: arithmetic for what, _, arithmetic in rows}
 
 
 def test_memory_plan_of_1_5b_by_hand(monkeypatch):
@@ -3541,9 +3549,8 @@ def test_memory_plan_of_1_5b_by_hand(monkeypatch):
         assert sizes[what] * 2**30 == pytest.approx(size, rel=1e-9), what
     # (39.5 - 2) GiB - 3,087,428,608 B at 28,672 B a token
     assert "28 layers x 256 x 1,296,661 tokens, 140.7 responses" in said["KV cache"]
-    assert sizes["TRAINING"] == pytest.approx(19.45, abs=0.01) and sizes[
-        "SAMPLING"
-    ] == pytest.approx(8.03 + 39.5, abs=0.01)
+    assert sizes["TRAINING"] == pytest.approx(19.45, abs=0.01)
+    assert sizes["SAMPLING"] == pytest.approx(8.03 + 39.5, abs=0.01)
 
 
 def test_memory_plan_of_7b_by_hand(monkeypatch):
@@ -3561,57 +3568,47 @@ def test_memory_plan_of_7b_by_hand(monkeypatch):
     # (39.5 - 2) GiB - 15,231,233,024 B at 57,344 B a token
     assert "28 layers x 512 x 436,559 tokens, 47.4 responses" in said["KV cache"]
     assert sizes["held always"] == pytest.approx(27.82, abs=0.01)  # 28 B a parameter / 8, and 3 GiB
-    assert sizes["TRAINING"] == pytest.approx(60.30, abs=0.01) and sizes[
-        "SAMPLING"
-    ] == pytest.approx(67.32, abs=0.01)
+    assert sizes["TRAINING"] == pytest.approx(60.30, abs=0.01)
+    assert sizes["SAMPLING"] == pytest.approx(67.32, abs=0.01)
 
 
 def test_memory_plan_sums_each_phase(monkeypatch):
     sizes, _ = plan_of(monkeypatch, PLAN_7B)
     names = list(sizes)
-    held, training, sampling = (
-        names.index(name) for name in ("held always", "TRAINING", "SAMPLING")
-    )
-    assert sizes["held always"] == pytest.approx(sum(sizes[name] for name in names[:held]))
-    assert sizes["TRAINING"] == pytest.approx(
-        sizes["held always"] + sum(sizes[name] for name in names[held + 1 : training])
-    )
-    assert sizes["SAMPLING"] == pytest.approx(
-        sizes["held always"] + sum(sizes[name] for name in names[training + 1 : sampling])
-    )
+    held, training, sampling = map(names.index, ("held always", "TRAINING", "SAMPLING"))
+    add = lambda first, last: sum(sizes[name] for name in names[first:last])
+    always = sizes["held always"]
+    assert always == pytest.approx(add(0, held))
+    assert sizes["TRAINING"] == pytest.approx(always + add(held + 1, training))
+    assert sizes["SAMPLING"] == pytest.approx(always + add(training + 1, sampling))
 
 
 FREEZING = {"importance map and anchor", "mask and importance of one tensor"}
+# fmt: off
+PLAN_CHANGES = [  # flags beside MIFO's recipe; rows that they take away; rows that they add
+    ("--schedule rl", {"AdamW of SFT, two moments", *FREEZING}, set()),
+    ("--schedule sft", {"AdamW of RL, two moments", *FREEZING}, set()),
+    ("--schedule sft-then-rl", FREEZING, set()),
+    ("--schedule sft-then-rl --pear block", FREEZING, {"PEAR's behaviour model, float32"}),
+    ("--freeze off", FREEZING, set()),
+    ("--kl-coef 0.1", set(), {"reference model, float32"}),
+    ("--gather-once",
+     {"two layers gathered", "embeddings and head gathered"},
+     {"gradients not yet reduced, float32", "weights gathered"}),
+    ("--offload-importance",
+     {"importance map and anchor"},
+     {"host memory of a rank, from then on"}),
+    ("--no-activation-checkpointing",
+     {"activations kept", "activations of a layer, recomputed"},
+     {"activations"}),
+]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    "argv, gone, new",
-    [
-        (["--schedule", "rl"], {"AdamW of SFT, two moments", *FREEZING}, set()),
-        (["--schedule", "sft"], {"AdamW of RL, two moments", *FREEZING}, set()),
-        (["--schedule", "sft-then-rl"], FREEZING, set()),
-        (["--freeze", "off"], FREEZING, set()),
-        (["--kl-coef", "0.1"], set(), {"reference model, float32"}),
-        (
-            ["--gather-once"],
-            {"two layers gathered", "embeddings and head gathered"},
-            {"gradients not yet reduced, float32", "weights gathered"},
-        ),
-        (
-            ["--offload-importance"],
-            {"importance map and anchor"},
-            {"host memory of a rank, from then on"},
-        ),
-        (
-            ["--no-activation-checkpointing"],
-            {"activations kept", "activations of a layer, recomputed"},
-            {"activations"},
-        ),
-    ],
-)
-def test_memory_plan_follows_the_settings(monkeypatch, argv, gone, new):
+@pytest.mark.parametrize("flags, gone, new", PLAN_CHANGES)
+def test_memory_plan_follows_the_settings(monkeypatch, flags, gone, new):
     before, _ = plan_of(monkeypatch, PLAN_15B)
-    after, _ = plan_of(monkeypatch, PLAN_15B, *argv)
+    after, _ = plan_of(monkeypatch, PLAN_15B, *flags.split())
     assert (set(before) - set(after), set(after) - set(before)) == (gone, new)
 
 
@@ -3619,51 +3616,86 @@ def test_memory_plan_shards_over_one_replica_and_counts_the_longest_row(monkeypa
     whole, _ = plan_of(monkeypatch, PLAN_15B)
     halves, _ = plan_of(monkeypatch, PLAN_15B, "--replicas", "2")
     assert halves["weights, float32"] == pytest.approx(2 * whole["weights, float32"])
-    short, _ = plan_of(
-        monkeypatch, PLAN_15B, "--micro-tokens", "64"
-    )  # a row of 9,216 tokens is alone in its micro-batch
+    # A row of 9,216 tokens is alone in its micro-batch.
+    short, _ = plan_of(monkeypatch, PLAN_15B, "--micro-tokens", "64")
     assert short["activations kept"] * 2**30 == pytest.approx(3072 * 28 * 9216)
     with pytest.raises(ValueError, match="--gpu-memory-utilization 0.2"):
         plan_of(monkeypatch, PLAN_7B, "--gpu-memory-utilization", "0.2")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_plan_counts_what_a_block_keeps_for_its_backward_pass(monkeypatch, checkpointing):
-    def kept_bytes(layers):
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.Qwen2Config(**{**shape, "num_hidden_layers": layers}), dtype=torch.bfloat16
-        ).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept = {}
+def plan_kept_bytes(shape: dict, layers: int, checkpointing: bool) -> int:
+    """What autograd keeps of a forward pass over 256 tokens, beside the parameters."""
+    config = transformers.Qwen2Config(**shape, num_hidden_layers=layers)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
 
-        def pack(tensor):  # the tensor is held, so that no other storage can take its address
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
+    def pack(tensor):  # the tensor is held, so that no other storage can take its address
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.model(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
-        return sum(
-            t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters
-        )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
+    own = [tensor for pointer, tensor in kept.items() if pointer not in parameters]
+    return sum(tensor.untyped_storage().nbytes() for tensor in own)
 
+
+@pytest.mark.parametrize(
+    "flag, row",
+    [
+        ("--activation-checkpointing", "activations kept"),
+        ("--no-activation-checkpointing", "activations"),
+    ],
+)
+def test_memory_plan_counts_what_a_block_keeps_for_its_backward_pass(monkeypatch, flag, row):
     shape = dict(
         hidden_size=256,
         intermediate_size=704,
         num_attention_heads=8,
         num_key_value_heads=2,
-        num_hidden_layers=1,
         vocab_size=64,
         max_position_embeddings=16384,
     )
-    flag = "--activation-checkpointing" if checkpointing else "--no-activation-checkpointing"
-    sizes, _ = plan_of(monkeypatch, shape, flag, "--micro-tokens", "32768")
-    planned = sizes["activations kept" if checkpointing else "activations"] * 2**30 / 32768
-    assert planned == (kept_bytes(3) - kept_bytes(2)) / 256
+    one_layer = shape | {"num_hidden_layers": 1}
+    sizes, _ = plan_of(monkeypatch, one_layer, flag, "--micro-tokens", "32768")
+    kept = [plan_kept_bytes(shape, layers, row == "activations kept") for layers in (2, 3)]
+    assert sizes[row] * 2**30 / 32768 == (kept[1] - kept[0]) / 256
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def plan_main(monkeypatch, capsys, *argv) -> list[str]:
+    """The lines that the command prints."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, argv)])
+    monkeypatch.setenv("WORLD_SIZE", "1")  # this process plans for more ranks than it has
+    plan.main()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_plan_prints_the_memory_of_a_gpu(monkeypatch, capsys, tmp_path):
+    transformers.Qwen2Config(**PLAN_7B).save_pretrained(tmp_path)
+    settings = ["--recipe", recipe_file("qwen2.5-math-7b"), "--model", tmp_path]
+    lines = plan_main(monkeypatch, capsys, "--gpus", 8, *settings)
+    assert lines[1].split() == "weights, float32 3.55 4 B x 7,615,616,512 parameters / 8".split()
+    assert any(line.split()[:4] == ["TRAINING", "60.30", "of", "79.0"] for line in lines)
+    assert lines[-1] == "memory suffices"
+    lines = plan_main(monkeypatch, capsys, "--gpus", 8, "--gib", 60, *settings)
+    assert lines[-1] == ("memory may not suffice: TRAINING needs up to 60.3 GiB of 60.0")
+    with pytest.raises(SystemExit):
+        plan_main(monkeypatch, capsys, "--gpus", 7, *settings)
+    assert "plan.py: error: --questions 128" in capsys.readouterr().err
+
+
+def test_plan_prints_the_scaling_table(monkeypatch, capsys):
+    head, rule, *rows = plan_main(monkeypatch, capsys)
+    assert head.count("|") == rule.count("|") == 12
+    assert "| 7B | 64 | 1024 | 8 | 0.5 | 51 | 67 | 79 | 57.2 | 8.6 | 0.04 |" in rows
+    assert "| 32B | 64 | 128 | | | does not fit | | | | | |" in rows
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(row in table for row in rows)
+
+
+# --------------------------------------------------------------------------------------------------
 # The dry run
 
 DRY_TEMPLATE = (
@@ -3766,10 +3798,7 @@ def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
         "\n<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
         "<<<|>>>Two twos.\n</think>\n\\boxed{4}<|endoftext|>\n"
     ) in text
-    assert (
-        "parameters / 8" in text
-        and text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
-    )
+    assert text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
     assert not (dry_folder / "run").exists() and not torch.distributed.is_initialized()
 
 
@@ -3801,15 +3830,6 @@ def test_dry_run_refuses_what_a_run_would_refuse(dry_folder, monkeypatch):
         mifo.dry_run(recipe_config(monkeypatch, *dry_flags(dry_folder)))
     assert "the first question: gold answer '2'" in mifo.dry_run(
         recipe_config(monkeypatch, *dry_flags(dry_folder, "--schedule", "rl"))
-    )
-
-
-def test_dry_run_says_when_memory_may_not_suffice(dry_folder, monkeypatch):
-    text = mifo.dry_run(
-        recipe_config(monkeypatch, *dry_flags(dry_folder, "--micro-tokens", "400000000"))
-    )
-    assert text.splitlines()[-1].startswith(
-        "dry run: memory may not suffice: TRAINING needs up to "
     )
 
 

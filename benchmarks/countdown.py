@@ -1,16 +1,18 @@
-"""Countdown in the small, a second task for experiment.py: reach a target with each of some numbers once, by + and -.
+"""Countdown in the small, experiment.py's second task: reach a target with each of some numbers.
 
     python benchmarks/countdown.py FOLDER [--seed 0]
 
-Makes FOLDER/base-SEED, a model of 0.5 M parameters, and FOLDER/train.jsonl and FOLDER/eval.jsonl, for mifo.py's --model,
---data and --evaluate. Many expressions reach a target, so an answer is checked by its value, not compared with a gold one.
+Each number is used once, with + or -. Makes FOLDER/base-SEED, a model of 0.5 M parameters, and
+FOLDER/train.jsonl and FOLDER/eval.jsonl, for mifo.py's --model, --data and --evaluate. Many
+expressions reach a target, so an answer is checked by its value, not compared with a gold one.
 
     question           7,6,3,2=8?
     base's style       [7+6-3-2]
     expert's style     <7+6=13><13+3=16><16+2=18><18-8=2*5><5=3+2>[7+6-3-2]
 
-The expert adds all numbers, halves what that is too much, and finds numbers with this sum to subtract. The base model has
-read right answers in either style for two to four numbers, and for five and six expressions that miss the target.
+The expert adds all numbers, halves what that is too much, and finds numbers with this sum to
+subtract. The base model has read right answers in either style for two to four numbers, and for
+five and six expressions that miss the target.
 """
 
 import argparse
@@ -39,21 +41,20 @@ def value(numbers: list[int], signs: tuple[int, ...]) -> int:
 
 
 def answer(numbers: list[int], signs: tuple[int, ...], expert: bool) -> str:
-    """The worked answer that gives each number but the first its sign, in the expert's style or the base model's."""
-    last = (
-        "["
-        + str(numbers[0])
-        + "".join(f"{'+' if s > 0 else '-'}{n}" for s, n in zip(signs, numbers[1:]))
-        + "]"
-    )
+    """The worked answer with these signs before all numbers but the first, in one of the styles."""
+    expression = str(numbers[0])
+    for sign, number in zip(signs, numbers[1:]):
+        expression += f"{'+' if sign > 0 else '-'}{number}"
     if not expert:
-        return last
-    total, work, target = numbers[0], "", value(numbers, signs)
+        return f"[{expression}]"
+    total, work = numbers[0], ""
     for number in numbers[1:]:
         work += f"<{total}+{number}={total + number}>"
         total += number
-    half, less = (total - target) // 2, [n for s, n in zip(signs, numbers[1:]) if s < 0]
-    return f"{work}<{total}-{target}=2*{half}><{half}={'+'.join(map(str, less)) or 0}>{last}"
+    target = value(numbers, signs)
+    half = (total - target) // 2
+    subtracted = "+".join(str(n) for sign, n in zip(signs, numbers[1:]) if sign < 0) or "0"
+    return f"{work}<{total}-{target}=2*{half}><{half}={subtracted}>[{expression}]"
 
 
 def example(rng: random.Random, count: int) -> tuple[list[int], tuple[int, ...]]:
@@ -66,17 +67,19 @@ def example(rng: random.Random, count: int) -> tuple[list[int], tuple[int, ...]]
 
 
 def expert_logprobs(numbers: list[int], target: int, response: str) -> list[float]:
-    """Of each character of the expert's response, and of its end: the expert takes any right answer alike.
+    """Of each character of the expert's response, and of its end.
 
-    So a character's probability is the share, of the right answers that begin as this one before it, that go on with it.
+    The expert takes any right answer alike. So a character's probability is the share, of the right
+    answers that begin as this one before it, that go on with it.
     """
-    texts = [
-        answer(numbers, signs, True)
-        for signs in itertools.product((1, -1), repeat=len(numbers) - 1)
-        if value(numbers, signs) == target
-    ]
-    alike = [sum(text.startswith(response[:i]) for text in texts) for i in range(len(response) + 1)]
-    return [math.log(b / a) for a, b in zip(alike, alike[1:])] + [0.0]
+    right = []
+    for signs in itertools.product((1, -1), repeat=len(numbers) - 1):
+        if value(numbers, signs) == target:
+            right.append(answer(numbers, signs, True))
+    alike = []  # how many begin with the first i characters
+    for i in range(len(response) + 1):
+        alike.append(sum(text.startswith(response[:i]) for text in right))
+    return [math.log(after / before) for before, after in zip(alike, alike[1:])] + [0.0]
 
 
 def question(numbers: list[int], target: int) -> str:
@@ -89,9 +92,8 @@ def base_example(rng: random.Random) -> tuple[str, str]:
     target = value(numbers, signs)
     while wrong and target == value(numbers, signs):
         target = rng.choice(TARGETS)
-    return question(numbers, target), answer(
-        numbers, signs, not wrong and rng.random() < EXPERT_SHARE
-    )
+    expert = not wrong and rng.random() < EXPERT_SHARE
+    return question(numbers, target), answer(numbers, signs, expert)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -109,29 +111,35 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def rows(name: str, count: int) -> list[dict]:
-    """`count` questions, the numbers of numbers in turn; a fifth of all questions, by checksum, is for the set named eval."""
+    """`count` questions with as many numbers as NUMBERS says, in turn.
+
+    A fifth of all questions, by checksum, is for the set named eval.
+    """
     rng, found = random.Random(name), []
     while len(found) < count:
         level = NUMBERS[len(found) % len(NUMBERS)]
         numbers, signs = example(rng, level)
         target = value(numbers, signs)
         text, solution = question(numbers, target), answer(numbers, signs, True)
-        if (zlib.crc32(text.encode()) % 5 == 0) == (name == "eval"):
-            found.append(
-                {
-                    "question": text,
-                    "answer": f"{' '.join(map(str, numbers))} = {target}",
-                    "solution": solution,
-                    "kind": "countdown",
-                    "behavior_logprobs": expert_logprobs(numbers, target, solution),
-                    "level": str(level),
-                }
-            )
+        held_out = zlib.crc32(text.encode()) % 5 == 0
+        if held_out == (name == "eval"):
+            row = {
+                "question": text,
+                "answer": f"{' '.join(map(str, numbers))} = {target}",
+                "solution": solution,
+                "kind": "countdown",
+                "behavior_logprobs": expert_logprobs(numbers, target, solution),
+                "level": str(level),
+            }
+            found.append(row)
     return found
 
 
 def make(folder: Path, seed: int, say=print) -> Path:
-    """The task's files, and the base model of this seed, whose folder is returned; what is there already is left."""
+    """The task's files and the base model of this seed, whose folder is returned.
+
+    What is there already is left as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train", TRAIN), ("eval", EVAL)):
         if not (folder / f"{name}.jsonl").exists():

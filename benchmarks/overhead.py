@@ -1,8 +1,9 @@
-"""Where the wall time of the default run's loop goes: all that is neither sampling, forward and backward, nor evaluation.
+"""Where the wall time of the default run's loop goes: what is not sampling, training, evaluating.
 
-    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--out FOLDER] [--steps 60] [more flags of mifo.py]
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--out FOLDER] [more flags of mifo.py]
 
-Starting up (imports, the base model, the engine) is outside the loop, and printed by itself.
+Starting up (imports, the base model, the engine) is outside the loop, and printed by itself. The
+loop ends when all is written and drawn.
 """
 
 import os
@@ -14,44 +15,45 @@ from pathlib import Path
 BEGUN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import step
+import step  # noqa: E402
 
 WORK = ("sample", "rl", "sft", "evaluate")
 
 
 def main() -> None:
-    os.environ.update(step.ALONE)
-    import mifo
-
-    seconds, train, plot = {}, mifo.train, mifo.plot
-
-    def timed(name: str, call):
-        def wrapped(*args):
-            start = time.perf_counter()
-            call(*args)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-        return wrapped
-
-    def loop(run):
-        seconds["start"] = time.perf_counter() - BEGUN
-        timed("loop", train)(run)
-        seconds.update(run.state.seconds)
-
-    mifo.train, mifo.plot = loop, timed("plot", plot)
     if "--help" in sys.argv:
         sys.exit(__doc__)
     if "--out" not in sys.argv:
         sys.argv += ["--out", f"{tempfile.mkdtemp()}/run"]
-    mifo.main()
-    loop, start = seconds.pop("loop"), seconds.pop("start")
-    seconds.pop("all")
+    os.environ.update(step.ALONE)
+    import mifo
+
+    train, plot = mifo.train, mifo.plot
+    start, seconds = 0.0, {"plot": 0.0}
+
+    def timed_train(run):
+        nonlocal start
+        start = time.perf_counter()
+        stop = train(run)
+        seconds.update(run.state.seconds)
+        return stop
+
+    def timed_plot(*args):
+        begun = time.perf_counter()
+        plot(*args)
+        seconds["plot"] += time.perf_counter() - begun
+
+    mifo.train, mifo.plot = timed_train, timed_plot
+    if code := mifo.main():
+        os._exit(code)
+    loop = time.perf_counter() - start
+    seconds.pop("all")  # what run.state.seconds says of the whole steps
     seconds["rest"] = loop - sum(seconds.values())
-    print(f"\nstart-up {start:.1f} s, loop {loop:.1f} s")
+    print(f"\nstart-up {start - BEGUN:.1f} s, loop {loop:.1f} s")
     for name, value in sorted(seconds.items(), key=lambda item: (item[0] not in WORK, -item[1])):
         print(f"{name:10}{value:8.2f} s{value / loop:8.1%}{'' if name in WORK else '  overhead'}")
-    share = 1 - sum(seconds.get(name, 0.0) for name in WORK) / loop
-    print(f"overhead  {share * loop:8.2f} s{share:8.1%}  target: at most 5 %")
+    work = sum(seconds.get(name, 0.0) for name in WORK)
+    print(f"overhead  {loop - work:8.2f} s{1 - work / loop:8.1%}  target: at most 5 %")
     sys.stdout.flush()
     os._exit(0)
 

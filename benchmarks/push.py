@@ -1,7 +1,10 @@
-"""Seconds of VLLMSampler.push beside one copy of the same weights at memcpy speed: python benchmarks/push.py [--repeats 7].
+"""Seconds of VLLMSampler.push beside one copy of the same weights at memcpy speed.
 
-Random Qwen2 weights, tied embeddings, one rank, float32 tensors as the trainer holds them; the copy goes from tensors to
-tensors that exist already. Needs vLLM; bfloat16 engines take the same tensors and convert them.
+    python benchmarks/push.py [--repeats 7] [--model 0.8M]
+
+Random Qwen2 weights, tied embeddings, one rank, float32 tensors as the trainer holds them. The copy
+goes from tensors to tensors that exist already. Needs vLLM; bfloat16 engines take the same tensors
+and convert them.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import data  # noqa: F401  before transformers: it hides packages that break its
 import rollout
 import torch
 import transformers
-from rollouts import SHAPES
+from rollouts import SHAPES, shape
 
 transformers.utils.logging.disable_progress_bar()
 parser = argparse.ArgumentParser(
@@ -28,9 +31,7 @@ parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"
 args = parser.parse_args()
 
 torch.manual_seed(0)
-config = transformers.Qwen2Config(
-    tie_word_embeddings=True, max_position_embeddings=256, **SHAPES[args.model]
-)
+config = shape(args.model, max_position_embeddings=256)
 model = transformers.Qwen2ForCausalLM(config)
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
@@ -54,9 +55,9 @@ for i in range(args.repeats + 1):
         wait()
         if i:  # the first of each also touches fresh memory
             seconds[key].append(time.perf_counter() - start)
-gib = sum(w.nbytes for _, w in weights) / 2**30
-copy, push = (statistics.median(s) for s in seconds.values())
-print(
-    f"{'model':>6} {'engine':>9} {'GiB':>6} {'copy ms':>8} {'push ms':>8} {'ratio':>6}  at most 3.00\n"
-    f"{args.model:>6} {args.dtype:>9} {gib:6.3f} {1e3 * copy:8.2f} {1e3 * push:8.2f} {push / copy:6.2f}"
-)
+gib = sum(weight.nbytes for _, weight in weights) / 2**30
+copy, push = (statistics.median(times) for times in seconds.values())
+head = f"{'model':>6} {'engine':>9} {'GiB':>6} {'copy ms':>8} {'push ms':>8} {'ratio':>6}"
+print(f"{head}  at most 3.00")
+milliseconds = f"{1e3 * copy:8.2f} {1e3 * push:8.2f}"
+print(f"{args.model:>6} {args.dtype:>9} {gib:6.3f} {milliseconds} {push / copy:6.2f}")

@@ -45,7 +45,7 @@ def grpo_loss(
     """-sum_t w_t * [min(ratio_t * A, clip(ratio_t) * A) - kl_coef * KL_t], the clipped policy loss.
 
     ratio = pi / pi_old, clipped to [1 - clip_low, 1 + clip_high]. logprobs, old_logprobs,
-    ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on response tokens.
+    ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on responses.
     KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0
     the clipped term is weighted by min(pi_old / pi_rollout, tis_cap), which corrects for an engine
     whose probabilities are not the trainer's. Returns (scalar, metrics: sums over tokens).

@@ -109,7 +109,7 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     entropy = entropy.masked_fill(~mask, -math.inf)
     order = entropy.sort(dim=1, descending=True, stable=True).indices  # [B, T]: rank -> position
     rank = order.argsort(dim=1)  # [B, T]: position -> rank
-    return (rank < counts) & mask
+    return rank < counts  # masked-out tokens rank last
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -214,7 +214,7 @@ MUTANTS = {
 
 
 def copy_tree(folder: str) -> Path:
-    skipped = shutil.ignore_patterns(".git", "__pycache__", "runs", "assets", "*.egg-info")
+    skipped = shutil.ignore_patterns(".git", "runs", "assets", "*.egg-info")
     return Path(shutil.copytree(ROOT, Path(folder, "tree"), ignore=skipped))
 
 
@@ -222,6 +222,7 @@ def run_tests(tree: Path, expression: str) -> str:
     """passed, failed, or what went wrong with pytest itself."""
     # fmt: off
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               "--assert=plain",  # half the time: no rewriting of the whole file
                "test_mifo.py", "-k", expression]
     # fmt: on
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

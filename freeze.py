@@ -1,7 +1,43 @@
-"""MIFO's freeze: which parameters RL has moved most, and an optimizer step that leaves them where they are.
+"""MIFO's freeze: the parameters that RL has moved most stay where they are during an SFT phase.
 
-Every function takes plain tensors. Under FSDP pass each rank's local shards and, to `topk_threshold`, the process group
-over which the parameters are sharded; nothing but two small histograms is ever communicated.
+Around a plain AdamW loop (`model`, `optimizer`, `rl_step`, `sft_batches` and `sft_loss` are yours):
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    importance = [torch.zeros_like(p) for p in parameters]  # C, kept for the whole training
+    anchor = [p.detach().clone() for p in parameters]  # the weights before the RL phase
+    for phase in range(3):
+        rl_step()  # as many as you like
+        update_importance(importance, anchor, parameters, alpha=0.9)
+        threshold = topk_threshold(importance, fraction=0.5)
+        frozen = [c > threshold for c in importance]
+        anchor = [p.detach().clone() for p in parameters]  # what SFT must not change
+        for batch in sft_batches():
+            optimizer.zero_grad()
+            sft_loss(batch).backward()
+            zero_frozen_gradients((p.grad for p in parameters), frozen)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            restore_frozen(parameters, frozen, anchor)
+        anchor = [p.detach().clone() for p in parameters]  # the weights before the next RL phase
+
+The order matters:
+1. After the RL phase: C first (it needs the weights from before the phase), then the threshold,
+   then the anchor of the SFT phase.
+2. In each SFT step: backward, zero the frozen gradients, clip (so that the norm is the free
+   entries' alone), step, put the frozen entries back. Zero gradients alone do not hold a parameter:
+   AdamW's moments and its weight decay move it still.
+3. After the SFT phase: a new anchor, so that C counts what RL moves and not what SFT has moved.
+
+Which tensors to pass:
+- One list of trainable parameters, in one order, for everything. A parameter that is never trained
+  has C = 0 but counts among "all entries", so that more of the trained ones would freeze: leave it
+  out. So does a tied parameter listed twice; model.parameters() lists it once.
+- Sharded by fully_shard (FSDP2): p.to_local() and p.grad.to_local(), and to topk_threshold the
+  process group over which the parameters are sharded.
+- FSDP1: the flat parameters, that is each rank's shards, with use_orig_params=False; their padding
+  counts as entries of C = 0. Clip by model.clip_grad_norm_: a shard's norm is not the model's.
+- Masks must lie where the gradients do; importance and anchor may lie on another device, such as
+  the CPU, if frozen is made as [(c > threshold).to(p.device) ...].
 """
 
 import math
@@ -16,9 +52,10 @@ from torch import Tensor
 def update_importance(
     importance: list[Tensor], before: list[Tensor], after: list[Tensor], alpha: float
 ) -> None:
-    """C <- alpha * C + |theta_after - theta_before|, elementwise and in place (MIFO, arXiv 2510.04454).
+    """C <- alpha * C + |theta_after - theta_before|, elementwise and in place.
 
-    before and after are the parameters around one RL phase; the three lists run in parallel, tensors of equal shape.
+    MIFO, arXiv 2510.04454. before and after are the parameters around one RL phase; the three lists
+    run in parallel, tensors of equal shape.
     """
     for c, old, new in zip(importance, before, after, strict=True):
         c.mul_(alpha).add_((new.to(c.device) - old).abs_())
@@ -26,73 +63,83 @@ def update_importance(
 
 @torch.no_grad()
 def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
-    """The value above which the top `fraction` of all |entries| lies: exact, over all tensors (and all ranks of `group`).
+    """The value above which the top `fraction` of all |entries| lies, over all ranks of `group`.
 
-    With n entries and K = floor(fraction * n) it is the (K + 1)-th largest |entry|, so that `abs > threshold` selects K
-    entries, or fewer by those that tie with the threshold: K to within one tie class. If K = n it is -inf.
+    Exact: with n entries in all and K = floor(fraction * n) it is the (K + 1)-th largest |entry|,
+    so that `abs > threshold` selects K entries, or fewer by those that tie with the threshold. If
+    K = n it is -inf.
+      tensors  [[3, -1], [0, -7]] and [5, 2]: 7 5 3 2 1 0 in order of size
+      fraction 0.5 -> 2.0    K = 3: 7, 5 and 3 are larger
+      fraction 0.4 -> 3.0    K = 2: 7 and 5 are larger
 
-    float32 tensors of any shapes, empty ones allowed. The bits of a non-negative float order as integers, so two histograms,
-    of the upper 15 and then of the lower 16 bits, find the value: 0.75 MiB all-reduced, whatever n is. Collective: every
-    rank of `group` must call it (group None and an initialised default process group: no communication, this rank alone).
-    Raises ValueError if fraction is outside (0, 1], there is no entry, a tensor is not float32, or an entry is NaN.
+    float32 tensors of any shapes, empty ones allowed. The bits of a non-negative float order as
+    integers, so two histograms, of the upper 15 and then of the lower 16 bits, find the value:
+    0.75 MiB all-reduced, whatever n is. Collective: every rank of `group` must call it (None: no
+    communication, this rank alone). Raises ValueError if fraction is outside (0, 1], there is no
+    entry, a tensor is not float32, or an entry is NaN.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction must be in (0, 1], not {fraction}")
     if any(t.dtype != torch.float32 for t in tensors):
         raise ValueError("topk_threshold takes float32 tensors")
 
-    def histogram(bins: int, bits_of) -> Tensor:
+    def histogram(bins: int, bin_of) -> Tensor:
         counts = torch.zeros(bins, dtype=torch.int64)
         for t in tensors:
-            counts += torch.bincount(
-                bits_of(t.abs().flatten().view(torch.int32)), minlength=bins
-            ).cpu()
+            bits = t.abs().flatten().view(torch.int32)
+            counts += torch.bincount(bin_of(bits), minlength=bins).cpu()
         if group is not None:
             device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
             counts = counts.to(device)
             dist.all_reduce(counts, group=group)
         return counts.cpu()
 
-    def find(counts: Tensor, rank: int) -> tuple[int, int]:
-        """The bin that holds the rank-th largest entry (from 0), and that entry's rank within the bin."""
-        above = counts.flip(0).cumsum(0)  # entries in the highest 1, 2, .. bins
-        i = int((above <= rank).sum())
-        return len(counts) - 1 - i, rank - (int(above[i - 1]) if i else 0)
+    def find(counts: Tensor, index: int) -> tuple[int, int]:
+        """The bin that holds the index-th largest entry (from 0), and that entry's index in it."""
+        cumulated = counts.flip(0).cumsum(0)  # entries in the highest 1, 2, .. bins
+        higher_bins = int((cumulated <= index).sum())
+        if higher_bins > 0:
+            index -= int(cumulated[higher_bins - 1])
+        return len(counts) - 1 - higher_bins, index
 
     infinity = 0x7F800000  # the bits above it are NaNs'; they get a bin of their own
-    upper = histogram(1 << 15, lambda bits: torch.where(bits > infinity, 0x7FFF, bits >> 16))
+    nan_bin = 0x7FFF
+    upper = histogram(1 << 15, lambda bits: torch.where(bits > infinity, nan_bin, bits >> 16))
     n = int(upper.sum())
     if n == 0:
         raise ValueError("topk_threshold needs at least one entry")
-    if int(upper[0x7FFF]):
+    if int(upper[nan_bin]) > 0:
         raise ValueError("topk_threshold found a NaN")
-    k = math.floor(fraction * n + 1e-9)
+    k = math.floor(fraction * n + 1e-9)  # forgiving the product its rounding: 0.29 * 100 is 29
     if k >= n:
         return -math.inf
-    high, rank = find(upper, k)
-    low, _ = find(histogram(1 << 16, lambda bits: bits[bits >> 16 == high] & 0xFFFF), rank)
+    high, index = find(upper, k)
+    lower = histogram(1 << 16, lambda bits: bits[bits >> 16 == high] & 0xFFFF)
+    low, _ = find(lower, index)
     return torch.tensor(high << 16 | low, dtype=torch.int32).view(torch.float32).item()
 
 
 @torch.no_grad()
-def zero_frozen_gradients(gradients: Iterable[Tensor], frozen: Iterable[Tensor]) -> None:
-    """g <- 0 where frozen (bool), in place. Call it before the gradients' norm is clipped, or that norm is not theirs.
+def zero_frozen_gradients(gradients: Iterable[Tensor | None], frozen: Iterable[Tensor]) -> None:
+    """g <- 0 where frozen (bool), in place; a parameter without gradient (None) is passed over.
 
-    Here and below `frozen` may be a generator, so that no more than one parameter's mask exists at a time. A gradient that
-    is not finite stays so: it is to be noticed, frozen or not.
+    Call it before the gradients are clipped, or their norm counts entries that will not move. Here
+    and below `frozen` may be a generator, so that one parameter's mask exists at a time. A gradient
+    that is not finite stays so: it is to be noticed, frozen or not.
     """
     for g, f in zip(gradients, frozen, strict=True):
-        g.mul_(~f)
+        if g is not None:
+            g.mul_(~f)
 
 
 @torch.no_grad()
 def restore_frozen(
     parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]
 ) -> float:
-    """theta <- anchor where frozen, bit for bit, in place; returns the largest |theta - anchor| found there before.
+    """theta <- anchor where frozen, bit for bit, in place, after the optimizer's step.
 
-    Zero gradients alone do not hold a parameter: AdamW's moments from earlier steps and its weight decay move it still.
-    The anchor may lie on another device than the parameters.
+    Returns the largest |theta - anchor| found there before. The anchor may lie on another device
+    than the parameters. To copy it, take _compare_frozen along.
     """
     return _compare_frozen(parameters, frozen, anchor, restore=True)
 
@@ -101,7 +148,7 @@ def restore_frozen(
 def largest_movement(
     parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]
 ) -> float:
-    """max |theta - anchor| over the frozen entries, 0.0 if there are none."""
+    """max |theta - anchor| over the frozen entries, 0.0 if there are none; changes nothing."""
     return _compare_frozen(parameters, frozen, anchor, restore=False)
 
 
@@ -109,7 +156,7 @@ def _compare_frozen(parameters, frozen, anchor, restore: bool) -> float:
     moved = torch.zeros(())
     for p, f, a in zip(parameters, frozen, anchor, strict=True):
         held = torch.where(f, a.to(p.device, non_blocking=True), p)
-        if p.numel():
+        if p.numel() > 0:
             moved = torch.maximum(moved.to(p.device), (held - p).abs_().max())
         if restore:
             p.copy_(held)

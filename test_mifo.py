@@ -1,10 +1,15 @@
-"""Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data, and skipped where absent."""
+"""Every test. `pytest` runs them all.
+
+Real GSM8K and MATH-500 are looked for in ../shared/data, and skipped where absent.
+"""
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fnmatch
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -20,11 +25,13 @@ import socket
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
+import types
 import typing
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -52,178 +59,86 @@ import losses  # noqa: E402
 import mifo  # noqa: E402
 import rollout  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The equations, against plain loops, full softmax and values worked out by hand
 
 
-def pure_rand(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return (
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        .mul(scale)
-        .to(dtype)
-    )
+def randn(*shape, seed=0, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
-def pure_head(n=13, d=5, v=17, dtype=torch.float64, scale=1.0):
-    targets = torch.randint(v, (n,), generator=torch.Generator().manual_seed(3))
-    return (
-        pure_rand(n, d, seed=1, dtype=dtype, scale=scale),
-        pure_rand(v, d, seed=2, dtype=dtype),
-        targets,
-    )
+def flags(*shape, seed, probability):
+    """A random bool tensor."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < probability
 
 
-def pure_full_softmax(hidden, head_weight, targets, temperature):
-    """Log-probabilities and entropies from all the logits at once."""
-    logs = torch.log_softmax(hidden @ head_weight.T / temperature, -1)
-    return logs[torch.arange(len(targets)), targets], -(logs.exp() * logs).sum(-1)
+COPIED_ALONG = {  # function -> what its docstring says to copy along
+    losses.group_advantages: [],
+    losses.grpo_loss: [],
+    losses.top_entropy_count: [],
+    losses.top_entropy_mask: [losses.top_entropy_count],
+    losses.sft_loss: [],
+    losses.pear_weights: [],
+    losses.token_logprobs: [losses._TokenLogprobs, losses._tiles],
+    freeze.update_importance: [],
+    freeze.topk_threshold: [],
+    freeze.zero_frozen_gradients: [],
+    freeze.restore_frozen: [freeze._compare_frozen],
+    freeze.largest_movement: [freeze._compare_frozen],
+}
 
 
-@pytest.mark.parametrize(
-    "chunk", [1, 4, 5, 17, 1024]
-)  # 17 entries: one a tile, tiles that do not divide them, all in one, and a larger tile
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_token_logprobs_equal_the_full_softmax(chunk, temperature, dtype, tolerance):
-    hidden, weight, targets = (
-        t.requires_grad_() if t.is_floating_point() else t for t in pure_head(dtype=dtype)
-    )
-    upstream = pure_rand(13, seed=4, dtype=dtype)
-    expected, expected_entropy = pure_full_softmax(hidden, weight, targets, temperature)
-    gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
-    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, temperature, chunk)
-    assert logprobs.shape == entropy.shape == (13,) and logprobs.dtype == entropy.dtype == dtype
-    assert logprobs.requires_grad and not entropy.requires_grad
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=tolerance)
-    for mine, right in zip(torch.autograd.grad(logprobs, (hidden, weight), upstream), gradients):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine, right, rtol=0, atol=10 * tolerance)
-
-
-def test_token_logprobs_by_hand():
-    # logits (0, ln 3): probabilities 1/4 and 3/4; at temperature 1/2 logits (0, ln 9): 1/10 and 9/10
-    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]])
-    logprobs, entropy = losses.token_logprobs(hidden, weight, torch.tensor([0, 1]))
-    assert logprobs.tolist() == pytest.approx([math.log(0.25), math.log(0.75)], abs=1e-6)
-    assert entropy.tolist() == pytest.approx(
-        [-0.25 * math.log(0.25) - 0.75 * math.log(0.75)] * 2, abs=1e-6
-    )
-    logprobs, entropy = losses.token_logprobs(hidden, weight, torch.tensor([0, 1]), 0.5)
-    assert logprobs.tolist() == pytest.approx([math.log(0.1), math.log(0.9)], abs=1e-6)
-    assert entropy.tolist() == pytest.approx(
-        [-0.1 * math.log(0.1) - 0.9 * math.log(0.9)] * 2, abs=1e-6
-    )
-
-
-@pytest.mark.parametrize("temperature, chunk", [(1.0, 3), (0.7, 4), (1.3, 100)])
-def test_token_logprobs_gradient_by_finite_differences(temperature, chunk):
-    hidden, weight, targets = pure_head(n=7, d=3, v=6)
-    assert torch.autograd.gradcheck(
-        lambda h, w: losses.token_logprobs(h, w, targets, temperature, chunk)[0],
-        (hidden.requires_grad_(), weight.requires_grad_()),
-    )
-
-
-def test_token_logprobs_entropy_carries_no_gradient_and_steals_none():
-    hidden, weight, targets = pure_head()
-    hidden.requires_grad_()
-    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, chunk=4)
-    expected = torch.autograd.grad(
-        pure_full_softmax(hidden, weight, targets, 1.0)[0].sum(), hidden
-    )[0]
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        entropy.sum().backward()
-    (logprobs.sum() + 100 * entropy.sum()).backward()
-    torch.testing.assert_close(hidden.grad, expected)
-
-
-def test_token_logprobs_of_no_token():
-    hidden, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(7, 5, requires_grad=True)
-    logprobs, entropy = losses.token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64))
-    logprobs.sum().backward()
-    assert logprobs.shape == entropy.shape == (0,)
-    assert (
-        hidden.grad.shape == (0, 5) and weight.grad.eq(0).all()
-    )  # a rank without work still takes part in the backward
-
-
-def test_token_logprobs_with_a_tied_head():
-    weight = pure_rand(11, 4, seed=5).requires_grad_()  # embedding and head in one
-    tokens, targets = torch.tensor([3, 0, 3, 10, 7]), torch.tensor([0, 3, 10, 7, 2])
-    expected = torch.autograd.grad(
-        pure_full_softmax(weight[tokens].tanh(), weight, targets, 0.8)[0].sum(), weight
-    )[0]
-    losses.token_logprobs(weight[tokens].tanh(), weight, targets, 0.8, 2)[0].sum().backward()
-    torch.testing.assert_close(weight.grad, expected)
-
-
-def test_token_logprobs_in_bfloat16_stays_close_to_float32():
-    hidden, weight, targets = pure_head(n=600, d=64, v=50, scale=0.3)
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()  # the same rounded numbers for both
-    gradients = []
-    for dtype in (torch.float32, torch.bfloat16):
-        h, w = (t.to(dtype).requires_grad_() for t in (hidden, weight))
-        logprobs, entropy = losses.token_logprobs(h, w, targets, 1.0, 8)
-        assert logprobs.dtype == entropy.dtype == torch.float32
-        gradients.append(torch.autograd.grad(logprobs.sum(), (h, w)))
-    for right, mine in zip(*gradients):
-        assert (mine.float() - right).norm() / right.norm() < 0.006
-
-
-def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none():
-    n, d, v, chunk = 512, 4, 300, 16
-    largest = [0]
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest[0] = max(largest[0], out.numel())
-            return out
-
-    hidden, weight, targets = pure_head(n, d, v)
-    saved = []
-    with (
-        Watch(),
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: saved.append(t.numel()) or t, lambda t: t
-        ),
-    ):
-        losses.token_logprobs(
-            hidden.requires_grad_(), weight.requires_grad_(), targets, 1.0, chunk
-        )[0].sum().backward()
-    assert largest[0] == 2 * n * chunk  # of n * v, 9 times as many
-    assert sum(saved) <= n * d + v * d + 2 * n
+@pytest.mark.parametrize("function", COPIED_ALONG, ids=lambda f: f.__name__)
+def test_every_equation_works_when_copied_alone(function):
+    rows, mask = randn(2, 3), torch.tensor([[True, True, False], [True, True, True]])
+    floats = [randn(4, 2, dtype=torch.float32)]
+    arguments = {
+        "group_advantages": (rows, True),
+        "grpo_loss": (rows, 2 * rows, rows[:, 0], mask, 0.2, 0.3, True, 3 * rows, 0.1, 4 * rows, 2),
+        "top_entropy_count": (10, 0.2),
+        "top_entropy_mask": (rows, mask, 0.5),
+        "sft_loss": (rows, mask, 2 * rows),
+        "pear_weights": (rows, 2 * rows, mask, "block", 0.9, 2),
+        "token_logprobs": (rows, randn(5, 3, seed=1), torch.tensor([4, 0]), 0.7, 2),
+        "topk_threshold": (floats, 0.5),
+        "zero_frozen_gradients": (floats, [floats[0] > 0]),
+        "update_importance": (floats, [floats[0] + 1], [floats[0] + 2], 0.5),
+        "restore_frozen": (floats, [floats[0] > 0], [floats[0] + 1]),
+        "largest_movement": (floats, [floats[0] > 0], [floats[0] + 1]),
+    }[function.__name__]
+    copied = {"math": math, "torch": torch, "Tensor": torch.Tensor, "Iterable": Iterable}
+    for part in [*COPIED_ALONG[function], function]:
+        exec(inspect.getsource(part), copied)
+    results = []
+    for call in (function, copied[function.__name__]):
+        given = copy.deepcopy(arguments)  # some of them write to their arguments
+        tensors = [value for value in given if not isinstance(value, str)]
+        results.append([call(*given), *tensors])
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_group_advantages_by_hand():
     """verl's compute_grpo_outcome_advantage on groups (1, 0) and (1, 1)."""
     rewards = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    assert losses.group_advantages(rewards, False).flatten().tolist() == [0.5, -0.5, 0.0, 0.0]
-    expected = 0.5 / (
-        math.sqrt(0.5) + 1e-6
-    )  # the unbiased standard deviation of (1, 0) is sqrt(1/2)
+    assert losses.group_advantages(rewards, False).tolist() == [[0.5, -0.5], [0.0, 0.0]]
+    expected = 0.5 / (math.sqrt(0.5) + 1e-6)  # the unbiased deviation of (1, 0) is sqrt(1/2)
     assert expected == pytest.approx(0.7071, abs=1e-4)
-    assert losses.group_advantages(rewards.double(), True).flatten().tolist() == pytest.approx(
-        [expected, -expected, 0, 0], abs=1e-12
-    )
+    got = losses.group_advantages(rewards.double(), True)
+    assert got.flatten().tolist() == pytest.approx([expected, -expected, 0, 0], abs=1e-12)
 
 
 @pytest.mark.parametrize("normalize_std", [False, True])
 def test_group_advantages_against_a_loop(normalize_std):
     rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rewards[1] = (rewards[1] > 0.5).double()
-    rewards[2] = (
-        rewards[2] * 1e-6
-    )  # a spread of the size of the 1e-6 that is added to the standard deviation
-    for got, group in zip(
-        losses.group_advantages(rewards, normalize_std).tolist(), rewards.tolist()
-    ):
+    rewards[2] *= 1e-6  # a spread of the size of what is added to the standard deviation
+    advantages = losses.group_advantages(rewards, normalize_std).tolist()
+    for got, group in zip(advantages, rewards.tolist()):
         divisor = statistics.stdev(group) + 1e-6 if normalize_std else 1.0
-        assert got == pytest.approx(
-            [(r - statistics.fmean(group)) / divisor for r in group], rel=1e-9, abs=1e-15
-        )
+        mean = statistics.fmean(group)
+        expected = [(r - mean) / divisor for r in group]
+        assert got == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
 @pytest.mark.parametrize("normalize_std", [False, True])
@@ -235,166 +150,145 @@ def test_group_advantages_of_equal_rewards_are_exactly_zero(normalize_std):
         assert advantages.shape == rewards.shape and advantages.eq(0).all(), size
 
 
-def pure_grpo(
-    logprobs,
-    old,
-    advantages,
-    mask,
-    low=0.2,
-    high=0.2,
-    per_sequence=False,
-    ref=None,
-    kl_coef=0.0,
-    engine=None,
-    cap=0.0,
+def grpo_oracle(
+    logprobs, old, advantage, low=0.2, high=0.2, ref=None, kl_coef=0.0, engine=None, cap=0.0
 ):
-    """GRPO's loss token by token, and its counts; lists of lists of floats."""
-    loss, counts = 0.0, {"clipped_low": 0, "clipped_high": 0, "kl": 0.0}
-    for b, row in enumerate(mask):
-        for t, counted in enumerate(row):
-            if not counted:
-                continue
-            ratio, a = math.exp(logprobs[b][t] - old[b][t]), advantages[b]
-            if a >= 0:  # only a rise of a good token and a fall of a bad one are cut off
-                gain = a * min(ratio, 1 + high)
-                counts["clipped_high"] += a > 0 and ratio > 1 + high
-            else:
-                gain = a * max(ratio, 1 - low)
-                counts["clipped_low"] += ratio < 1 - low
-            if cap:
-                gain *= min(math.exp(old[b][t] - engine[b][t]), cap)
-            if ref is not None:
-                q = math.exp(ref[b][t] - logprobs[b][t])
-                counts["kl"] += q - math.log(q) - 1
-                gain -= kl_coef * (q - math.log(q) - 1)
-            loss -= gain / (sum(row) if per_sequence else 1)
-    return loss, counts
+    """One response, token by token: its gains [n], whose sum GRPO raises, and what was counted.
+
+    logprobs, old, ref and engine are the response's own n tokens, without padding, float64; the
+    advantage is a float. The gains carry the gradient of logprobs.
+    """
+    gains = []
+    counts = {"clipped_low": 0, "clipped_high": 0, "kl": 0.0}
+    for t in range(len(logprobs)):
+        ratio = torch.exp(logprobs[t] - old[t].item())
+        if advantage >= 0:  # only a rise of a good token and a fall of a bad one are cut off
+            gain = advantage * ratio.clamp(max=1 + high)
+            counts["clipped_high"] += int(advantage > 0 and ratio > 1 + high)
+        else:
+            gain = advantage * ratio.clamp(min=1 - low)
+            counts["clipped_low"] += int(ratio < 1 - low)
+        if engine is not None and cap > 0:
+            gain = gain * min(math.exp(old[t].item() - engine[t].item()), cap)
+        if ref is not None:
+            q = torch.exp(ref[t].item() - logprobs[t])
+            kl = q - torch.log(q) - 1
+            counts["kl"] += kl.item()
+            gain = gain - kl_coef * kl
+        gains.append(gain)
+    return torch.stack(gains) if gains else logprobs.new_zeros(0), counts
 
 
-def pure_rollouts(dtype=torch.float64):
-    """Both signs of advantage; log-ratios well beyond both clips; row 2 is empty, and row 5 has one token."""
-    mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(1)) < 0.7
-    mask[2], mask[5] = False, torch.arange(9) == 3
-    old = pure_rand(6, 9, seed=2, scale=0.5) - 2
-    tensors = (
-        old + pure_rand(6, 9, seed=3, scale=0.7),
-        old,
-        torch.tensor([1.3, -0.8, 0.5, -1.7, 0.0, 0.6], dtype=torch.float64),
-        old + pure_rand(6, 9, seed=4, scale=0.5),
-        old + pure_rand(6, 9, seed=5, scale=0.7),
-    )
-    logprobs, old, advantages, ref, engine = (t.to(dtype) for t in tensors)
+def rollouts():
+    """Both signs of advantage; log-ratios far beyond both clips; row 2 empty, row 5 one token."""
+    mask = flags(6, 9, seed=1, probability=0.7)
+    mask[2] = False
+    mask[5] = torch.arange(9) == 3
+    old = randn(6, 9, seed=2, scale=0.5) - 2
+    logprobs = old + randn(6, 9, seed=3, scale=0.7)
+    ref = old + randn(6, 9, seed=4, scale=0.5)
+    engine = old + randn(6, 9, seed=5, scale=0.7)
+    advantages = torch.tensor([1.3, -0.8, 0.5, -1.7, 0.0, 0.6], dtype=torch.float64)
     return logprobs, old, advantages, mask, ref, engine
 
 
-PURE_GRPO = [
-    dict(low=low, high=high, per_sequence=per_sequence, kl_coef=kl, cap=cap)
-    for (low, high), per_sequence, (kl, cap) in itertools.product(
-        [(0.2, 0.2), (0.1, 0.4)], [False, True], [(0.0, 0.0), (0.3, 0.0), (0.0, 1.4), (0.3, 1.4)]
+CLIPS, KL_AND_CAP = [(0.2, 0.2), (0.1, 0.4)], [(0.0, 0.0), (0.3, 0.0), (0.0, 1.4), (0.3, 1.4)]
+GRPO_SETTINGS = [
+    dict(low=low, high=high, per_sequence=per_sequence, kl_coef=kl_coef, cap=cap)
+    for (low, high), per_sequence, (kl_coef, cap) in itertools.product(
+        CLIPS, [False, True], KL_AND_CAP
     )
 ]
 
 
-def pure_grpo_loss(logprobs, old, advantages, mask, ref, engine, s):
+def setting_id(s):
+    return "-".join(map(str, s.values()))
+
+
+def grpo_loss(logprobs, old, advantages, mask, ref, engine, s):
     return losses.grpo_loss(
         logprobs,
         old,
         advantages,
         mask,
-        s["low"],
-        s["high"],
-        s["per_sequence"],
-        ref if s["kl_coef"] else None,
-        s["kl_coef"],
-        engine if s["cap"] else None,
-        s["cap"],
+        clip_low=s["low"],
+        clip_high=s["high"],
+        per_sequence=s["per_sequence"],
+        ref_logprobs=ref if s["kl_coef"] else None,
+        kl_coef=s["kl_coef"],
+        rollout_logprobs=engine if s["cap"] else None,
+        tis_cap=s["cap"],
     )
 
 
-@pytest.mark.parametrize("s", PURE_GRPO, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("s", GRPO_SETTINGS, ids=setting_id)
 def test_grpo_loss_and_gradient_against_a_loop(s):
-    logprobs, old, advantages, mask, ref, engine = pure_rollouts()
-
-    def right(logprobs):
-        return pure_grpo(
-            logprobs,
-            old.tolist(),
-            advantages.tolist(),
-            mask.tolist(),
-            ref=ref.tolist() if s["kl_coef"] else None,
-            engine=engine.tolist(),
-            **s,
+    logprobs, old, advantages, mask, ref, engine = rollouts()
+    leaf, other_leaf = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    expected, totals = 0.0, {"clipped_low": 0, "clipped_high": 0, "kl": 0.0}
+    for b in range(6):
+        row = mask[b]
+        gains, counts = grpo_oracle(
+            leaf[b, row],
+            old[b, row],
+            advantages[b].item(),
+            low=s["low"],
+            high=s["high"],
+            ref=ref[b, row] if s["kl_coef"] else None,
+            kl_coef=s["kl_coef"],
+            engine=engine[b, row],
+            cap=s["cap"],
         )
-
-    expected, counts = right(logprobs.tolist())
-    logprobs.requires_grad_()
-    loss, metrics = pure_grpo_loss(logprobs, old, advantages, mask, ref, engine, s)
-    assert loss.shape == () and loss.item() == pytest.approx(expected, abs=1e-6)
-    assert counts["clipped_low"] >= 2 and counts["clipped_high"] >= 2  # both clips are at work
+        divisor = max(1, len(gains)) if s["per_sequence"] else 1
+        expected = expected - gains.sum() / divisor
+        for key, value in counts.items():
+            totals[key] += value
+    loss, metrics = grpo_loss(other_leaf, old, advantages, mask, ref, engine, s)
+    assert loss.shape == () and loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    assert totals["clipped_low"] >= 2 and totals["clipped_high"] >= 2  # both clips are at work
+    assert ("kl" in metrics) == (s["kl_coef"] > 0)
     for key, value in metrics.items():
-        assert value.item() == pytest.approx(counts[key], abs=1e-9), key
-    assert ("kl" in metrics) == (s["kl_coef"] > 0) and not any(
-        value.requires_grad for value in metrics.values()
-    )
+        assert value.item() == pytest.approx(totals[key], abs=1e-9), key
+        assert not value.requires_grad
+    expected.backward()
     loss.backward()
-    values = logprobs.tolist()
-    for b, t in itertools.product(range(6), range(9)):  # central differences of the loop
-        sides = []
-        for step in (1e-6, -1e-6):
-            values[b][t] += step
-            sides.append(right(values)[0])
-            values[b][t] -= step
-        assert logprobs.grad[b, t].item() == pytest.approx(
-            (sides[0] - sides[1]) / 2e-6, abs=1e-6
-        ), (b, t)
+    torch.testing.assert_close(other_leaf.grad, leaf.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("s", GRPO_SETTINGS[3::4], ids=setting_id)
+def test_grpo_gradient_by_finite_differences(s):
+    logprobs, old, advantages, mask, ref, engine = rollouts()
+    loss = lambda x: grpo_loss(x, old, advantages, mask, ref, engine, s)[0]
+    assert torch.autograd.gradcheck(loss, logprobs.requires_grad_())
 
 
 def test_grpo_loss_by_hand():
-    # one token a row, ratio 1.5 or 0.5 and advantage 1 or -1
+    # One token a row, ratio 1.5 or 0.5 and advantage 1 or -1:
+    # min(1.5, 1.28); min(-1.5, -1.28); min(0.5, 0.8); min(-0.5, -0.8).
     ratio = torch.tensor([[1.5], [1.5], [0.5], [0.5]], dtype=torch.float64)
-    advantages, mask = (
-        torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64),
-        torch.ones(4, 1, dtype=torch.bool),
-    )
-    for row, gain in enumerate(
-        [1.28, -1.5, 0.5, -0.8]
-    ):  # min(1.5, 1.28); min(-1.5, -1.28); min(.5, .8); min(-.5, -.8)
-        part = slice(row, row + 1)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    zero, one, mask = torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, dtype=torch.bool)
+    for row, gain in enumerate([1.28, -1.5, 0.5, -0.8]):
         loss, metrics = losses.grpo_loss(
-            ratio[part].log(), torch.zeros(1, 1), advantages[part], mask[part], 0.2, 0.28
+            ratio[row : row + 1].log(), zero, advantages[row : row + 1], mask, 0.2, 0.28
         )
         assert loss.item() == pytest.approx(-gain, abs=1e-12)
-        assert (metrics["clipped_high"].item(), metrics["clipped_low"].item()) == (
-            int(row == 0),
-            int(row == 3),
-        )
+        assert metrics["clipped_high"].item() == int(row == 0)
+        assert metrics["clipped_low"].item() == int(row == 3)
     # k3 at pi_ref / pi = 2: 2 - ln 2 - 1; the ratio stands at 1
-    loss, metrics = losses.grpo_loss(
-        torch.zeros(1, 1),
-        torch.zeros(1, 1),
-        torch.ones(1),
-        mask[:1],
-        ref_logprobs=torch.tensor([[math.log(2)]]),
-        kl_coef=0.1,
-    )
+    ref = torch.tensor([[math.log(2)]])
+    loss, metrics = losses.grpo_loss(zero, zero, one, mask, ref_logprobs=ref, kl_coef=0.1)
     assert metrics["kl"].item() == pytest.approx(1 - math.log(2), abs=1e-6)
     assert loss.item() == pytest.approx(-1 + 0.1 * (1 - math.log(2)), abs=1e-6)
-    # pi_old / pi_engine = 3, capped at 2; and 0.5, which is not raised; and no weight at all with cap 0
+    # pi_old / pi_engine = 3, capped at 2; and 0.5, which is not raised; and no weight with cap 0
     for quotient, cap, weight in ((3.0, 2.0, 2.0), (0.5, 2.0, 0.5), (3.0, 0.0, 1.0)):
-        loss, _ = losses.grpo_loss(
-            torch.zeros(1, 1),
-            torch.zeros(1, 1),
-            torch.ones(1),
-            mask[:1],
-            tis_cap=cap,
-            rollout_logprobs=torch.tensor([[-math.log(quotient)]]),
-        )
+        engine = torch.tensor([[-math.log(quotient)]])
+        loss, _ = losses.grpo_loss(zero, zero, one, mask, tis_cap=cap, rollout_logprobs=engine)
         assert loss.item() == pytest.approx(-weight, abs=1e-6)
 
 
-def pure_agg_loss(matrix, mask, mode, horizon):
-    """verl's agg_loss: matrix and mask are lists of lists."""
-    rows = [[x for x, m in zip(values, row) if m] for values, row in zip(matrix, mask)]
+def verl_agg_loss(rows, mode, horizon):
+    """verl's agg_loss of the tokens' losses, a list a row."""
     if mode == "token-mean":
         return sum(map(sum, rows)) / sum(map(len, rows))
     if mode == "seq-mean-token-mean":
@@ -405,40 +299,38 @@ def pure_agg_loss(matrix, mask, mode, horizon):
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_grpo_aggregations_are_verls(mode):
-    logprobs, old, advantages, mask, _, _ = (
-        t[[0, 1, 3, 4, 5]] for t in pure_rollouts()
-    )  # verl has no empty rows
-    matrix = [
-        [-min(r * a, min(max(r, 0.8), 1.2) * a) for r in row]
-        for row, a in zip((logprobs - old).exp().tolist(), advantages.tolist())
-    ]
-    total, _ = losses.grpo_loss(
-        logprobs, old, advantages, mask, per_sequence=mode == "seq-mean-token-mean"
-    )
-    divisor = {
+    kept = [0, 1, 3, 4, 5]  # verl has no empty rows
+    logprobs, old, advantages, mask = (t[kept] for t in rollouts()[:4])
+    rows = []
+    for b in range(5):
+        gains, _ = grpo_oracle(logprobs[b, mask[b]], old[b, mask[b]], advantages[b].item())
+        rows.append((-gains).tolist())
+    per_sequence = mode == "seq-mean-token-mean"
+    total, _ = losses.grpo_loss(logprobs, old, advantages, mask, per_sequence=per_sequence)
+    divisors = {
         "token-mean": int(mask.sum()),
         "seq-mean-token-mean": 5,
         "seq-mean-token-sum-norm": 5 * 8192,
-    }[mode]
-    assert total.item() / divisor == pytest.approx(
-        pure_agg_loss(matrix, mask.tolist(), mode, 8192), rel=1e-6
-    )
+    }
+    expected = verl_agg_loss(rows, mode, 8192)
+    assert total.item() / divisors[mode] == pytest.approx(expected, rel=1e-6)
 
 
 def test_grpo_tis_weight_is_detached():
-    logprobs, old, advantages, mask, _, engine = (
-        t.requires_grad_() if t.is_floating_point() else t for t in pure_rollouts()
+    logprobs, old, advantages, mask, _, engine = rollouts()
+    for leaf in (logprobs, old, engine):
+        leaf.requires_grad_()
+    loss, _ = losses.grpo_loss(
+        logprobs, old, advantages, mask, rollout_logprobs=engine, tis_cap=1.4
     )
-    losses.grpo_loss(logprobs, old, advantages, mask, rollout_logprobs=engine, tis_cap=1.4)[
-        0
-    ].backward()
+    loss.backward()
     assert engine.grad is None or engine.grad.eq(0).all()
     torch.testing.assert_close(old.grad, -logprobs.grad)  # old acts through the ratio alone
     assert logprobs.grad[mask].abs().max() > 0.1
 
 
 def test_grpo_with_the_policy_as_its_own_old_is_the_policy_gradient():
-    logprobs, _, advantages, mask, _, _ = pure_rollouts()
+    logprobs, _, advantages, mask, _, _ = rollouts()
     logprobs.requires_grad_()
     loss, metrics = losses.grpo_loss(logprobs, logprobs.detach(), advantages, mask)
     loss.backward()
@@ -447,69 +339,62 @@ def test_grpo_with_the_policy_as_its_own_old_is_the_policy_gradient():
     assert metrics["clipped_low"].item() == metrics["clipped_high"].item() == 0
 
 
-@pytest.mark.parametrize("s", PURE_GRPO[3::4], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("s", GRPO_SETTINGS[3::4], ids=setting_id)
 @pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan])
 def test_grpo_masked_positions_do_not_leak(s, poison):
-    logprobs, old, advantages, mask, ref, engine = pure_rollouts()
+    logprobs, old, advantages, mask, ref, engine = rollouts()
     clean = logprobs.clone().requires_grad_()
-    expected, expected_metrics = pure_grpo_loss(clean, old, advantages, mask, ref, engine, s)
+    expected, expected_metrics = grpo_loss(clean, old, advantages, mask, ref, engine, s)
     expected.backward()
-    dirty = [t.masked_fill(~mask, poison) for t in (logprobs, old, ref, engine)]
-    dirty[0].requires_grad_()
-    loss, metrics = pure_grpo_loss(dirty[0], dirty[1], advantages, mask, *dirty[2:], s)
+    logprobs, old, ref, engine = (
+        t.masked_fill(~mask, poison) for t in (logprobs, old, ref, engine)
+    )
+    logprobs.requires_grad_()
+    loss, metrics = grpo_loss(logprobs, old, advantages, mask, ref, engine, s)
     loss.backward()
-    assert loss.item() == expected.item() and {k: v.item() for k, v in metrics.items()} == {
-        k: v.item() for k, v in expected_metrics.items()
-    }
-    assert torch.equal(dirty[0].grad, clean.grad) and dirty[0].grad[~mask].eq(0).all()
+    assert loss.item() == expected.item() and metrics == expected_metrics
+    assert torch.equal(logprobs.grad, clean.grad) and logprobs.grad[~mask].eq(0).all()
 
 
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_grpo_of_empty_rows_only_is_zero(per_sequence):
     logprobs = torch.full((3, 4), -1.0, requires_grad=True)
+    zeros, mask = torch.zeros(3, 4), torch.zeros(3, 4, dtype=torch.bool)
     loss, metrics = losses.grpo_loss(
-        logprobs,
-        torch.zeros(3, 4),
-        torch.ones(3),
-        torch.zeros(3, 4, dtype=torch.bool),
-        per_sequence=per_sequence,
-        ref_logprobs=torch.zeros(3, 4),
-        kl_coef=1.0,
+        logprobs, zeros, torch.ones(3), mask, per_sequence=per_sequence, ref_logprobs=zeros
     )
     loss.backward()
-    assert (
-        loss.item() == 0
-        and logprobs.grad.eq(0).all()
-        and all(value.item() == 0 for value in metrics.values())
-    )
+    assert loss.item() == 0 and logprobs.grad.eq(0).all()
+    assert set(metrics) == {"clipped_low", "clipped_high", "kl"}
+    assert all(value.item() == 0 for value in metrics.values())
 
 
-@pytest.mark.parametrize("s", PURE_GRPO[3::4], ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("s", GRPO_SETTINGS[3::4], ids=setting_id)
 def test_grpo_gradient_adds_up_over_any_split_of_rows_and_any_padding(s):
-    logprobs, old, advantages, mask, ref, engine = pure_rollouts()
+    logprobs, old, advantages, mask, ref, engine = rollouts()
     whole = logprobs.clone().requires_grad_()
-    loss, metrics = pure_grpo_loss(whole, old, advantages, mask, ref, engine, s)
+    loss, metrics = grpo_loss(whole, old, advantages, mask, ref, engine, s)
     loss.backward()
+    expected = {"loss": loss.item()} | {key: value.item() for key, value in metrics.items()}
     for split in ([[0], [1], [2], [3], [4], [5]], [[5, 1, 2], [4, 0, 3]], [[3], [0, 5, 4, 2, 1]]):
-        parts = logprobs.clone().requires_grad_()
-        sums = {key: 0.0 for key in metrics} | {"loss": 0.0}
+        leaf = logprobs.clone().requires_grad_()
+        sums = dict.fromkeys(expected, 0.0)
         for i, rows in enumerate(split):
-            m, *padded = (
-                torch.nn.functional.pad(t[rows], (i, 2)) for t in (mask, parts, old, ref, engine)
+            part_mask, part, part_old, part_ref, part_engine = (
+                torch.nn.functional.pad(t[rows], (i, 2)) for t in (mask, leaf, old, ref, engine)
             )
-            part, found = pure_grpo_loss(
-                padded[0], padded[1], advantages[rows], m, padded[2], padded[3], s
+            loss, metrics = grpo_loss(
+                part, part_old, advantages[rows], part_mask, part_ref, part_engine, s
             )
-            part.backward()
-            for key, value in {**found, "loss": part}.items():
+            loss.backward()
+            sums["loss"] += loss.item()
+            for key, value in metrics.items():
                 sums[key] += value.item()
-        torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=1e-12)
-        assert sums == pytest.approx(
-            {"loss": loss.item()} | {key: value.item() for key, value in metrics.items()}, abs=1e-11
-        )
+        torch.testing.assert_close(leaf.grad, whole.grad, rtol=0, atol=1e-12)
+        assert sums == pytest.approx(expected, abs=1e-11)
 
 
-def pure_count(n, rho):
+def exact_count(n, rho):
     """ceil(rho n) of the decimal fraction that rho stands for."""
     return math.ceil(Fraction(str(rho)) * n)
 
@@ -519,24 +404,22 @@ def test_top_entropy_count_is_exact():
     assert losses.top_entropy_count(15, 0.2) == 3
     for rho in [i / 100 for i in range(1, 101)] + [0.125, 0.001, 0.999]:
         for n in [*range(300), 1000, 4096, 8191, 8192, 100000]:
-            assert losses.top_entropy_count(n, rho) == pure_count(n, rho), (n, rho)
+            assert losses.top_entropy_count(n, rho) == exact_count(n, rho), (n, rho)
 
 
-@pytest.mark.parametrize(
-    "rho", [0.01, 0.07, 0.1, 0.14, 0.2, 0.28, 0.29, 0.3, 0.55, 0.57, 0.7, 0.999, 1.0]
-)
+# fmt: off
+RHOS = [0.01, 0.07, 0.1, 0.14, 0.2, 0.28, 0.29, 0.3, 0.55, 0.57, 0.7, 0.999, 1.0]
+# fmt: on
+
+
+@pytest.mark.parametrize("rho", RHOS)
 def test_top_entropy_mask_takes_exactly_ceil_of_rho_n(rho):
     mask = torch.arange(150)[None] < torch.arange(151)[:, None]  # row n has n tokens
-    for entropy in (
-        torch.rand(151, 150, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(151, 150),
-    ):
+    random_entropy = torch.rand(151, 150, generator=torch.Generator().manual_seed(0))
+    for entropy in (random_entropy, torch.zeros(151, 150)):
         taken = losses.top_entropy_mask(entropy, mask, rho).sum(1).tolist()
-        assert (
-            taken
-            == [pure_count(n, rho) for n in range(151)]
-            == [losses.top_entropy_count(n, rho) for n in range(151)]
-        )
+        assert taken == [exact_count(n, rho) for n in range(151)]
+        assert taken == [losses.top_entropy_count(n, rho) for n in range(151)]
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 1.0])
@@ -549,28 +432,31 @@ def test_top_entropy_mask_against_a_sort_with_ties_and_gaps(rho):
     got = losses.top_entropy_mask(entropy, mask, rho)
     assert got.dtype == torch.bool and got.shape == mask.shape and not (got & ~mask).any()
     for row, chosen, inside in zip(entropy.tolist(), got.tolist(), mask.tolist()):
-        places = [t for t in range(31) if inside[t]]
-        best = sorted(places, key=lambda t: (-row[t], t))[: pure_count(len(places), rho)]
+        positions = [t for t in range(31) if inside[t]]
+        best = sorted(positions, key=lambda t: (-row[t], t))[: exact_count(len(positions), rho)]
         assert [t for t in range(31) if chosen[t]] == sorted(best)
 
 
-def test_top_entropy_mask_ties_single_tokens_and_empty_rows():
+def test_top_entropy_mask_by_hand():
+    entropy = torch.tensor([[9.0, 0.1, 0.7, 0.2, 0.7], [9.0, 0.3, 0.4, 0.5, 9.0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()
+    got = losses.top_entropy_mask(entropy, mask, 0.5)  # the docstring's example
+    assert got.int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 1, 1, 0]]
     # nine of ten entropies are 0: a quantile rule with >= takes all ten
     entropy, mask = torch.zeros(1, 10), torch.ones(1, 10, dtype=torch.bool)
+    assert losses.top_entropy_mask(entropy, mask, 0.2).nonzero()[:, 1].tolist() == [0, 1]
     entropy[0, 6] = 1.0
     assert losses.top_entropy_mask(entropy, mask, 0.2).nonzero()[:, 1].tolist() == [0, 6]
-    assert losses.top_entropy_mask(torch.zeros(1, 10), mask, 0.2).nonzero()[:, 1].tolist() == [0, 1]
-    mask = torch.tensor(
-        [[False, False, True, False], [False] * 4]
-    )  # a response of one token, and an empty one
+
+
+def test_top_entropy_mask_of_single_tokens_and_empty_rows():
+    mask = torch.tensor([[False, False, True, False], [False] * 4])  # one token, and none
+    entropy = torch.tensor([[9.0, 9.0, 0.0, 9.0]] * 2)
     for rho in (1e-12, 1e-6, 0.2, 1.0):
-        assert torch.equal(
-            losses.top_entropy_mask(torch.tensor([[9.0, 9.0, 0.0, 9.0]] * 2), mask, rho), mask
-        ), rho
+        assert torch.equal(losses.top_entropy_mask(entropy, mask, rho), mask), rho
         assert losses.top_entropy_count(1, rho) == 1 and losses.top_entropy_count(0, rho) == 0
-    assert losses.top_entropy_mask(
-        torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), 0.2
-    ).shape == (2, 0)
+    empty = torch.zeros(2, 0)
+    assert losses.top_entropy_mask(empty, empty.bool(), 0.2).shape == (2, 0)
 
 
 @pytest.mark.parametrize("rho", [0.0, -0.1, 1.0001, math.nan])
@@ -579,338 +465,517 @@ def test_top_entropy_mask_refuses(rho):
         losses.top_entropy_mask(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), rho)
 
 
-def test_sft_loss():
-    logprobs, mask = (
-        pure_rand(4, 6, seed=1) - 3,
-        torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) < 0.6,
-    )
+def test_sft_loss_and_gradient_against_a_loop():
+    logprobs, mask = randn(4, 6, seed=1) - 3, flags(4, 6, seed=2, probability=0.6)
     mask[1] = False
-    weights = pure_rand(4, 6, seed=3).exp()
-    tokens = [(b, t) for b in range(4) for t in range(6) if mask[b, t]]
-    for w in (None, weights):
+    ones = torch.ones(4, 6, dtype=torch.float64)
+    random_weights = randn(4, 6, seed=3).exp()
+    for given, weights in ((None, ones), (random_weights, random_weights)):
         leaf = logprobs.masked_fill(~mask, -math.inf).requires_grad_()
-        loss = losses.sft_loss(leaf, mask, w)
-        assert loss.item() == pytest.approx(
-            -sum(leaf[b, t].item() * (1.0 if w is None else w[b, t].item()) for b, t in tokens),
-            abs=1e-12,
-        )
+        expected = 0.0
+        for b, t in mask.nonzero().tolist():
+            expected -= weights[b, t].item() * logprobs[b, t].item()
+        loss = losses.sft_loss(leaf, mask, given)
+        assert loss.item() == pytest.approx(expected, abs=1e-12)
         loss.backward()
-        assert torch.equal(leaf.grad, -(torch.ones_like(weights) if w is None else w) * mask)
+        assert torch.equal(leaf.grad, -weights * mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # PEAR
 
 
-def pure_pear(logprobs, behavior, mask, variant, gamma, block, ratio_range, weight_range):
-    """PEAR's weights by a double loop over each row's own tokens, in logs; lists of lists."""
-    result = []
-    for row, other, inside in zip(logprobs, behavior, mask):
-        weights, places = [0.0] * len(row), [t for t, m in enumerate(inside) if m]
-        n, d = len(places), []
-        for p in places:
-            x = row[p] - other[p]
-            d.append(x if ratio_range is None else min(max(x, ratio_range[0]), ratio_range[1]))
-        for t in range(1, n + 1):
-            log_weight = 0.0
-            if variant == "sequence":
-                for j in range(1, n + 1):
-                    log_weight += d[j - 1]
-            else:
-                end = t
-                while variant == "block" and end % block and end < n:
-                    end += 1
-                for j in range(end + 1, n + 1):
-                    log_weight += d[j - 1]
-                log_weight += (n - end) * math.log(gamma)
-            if weight_range is not None:
-                log_weight = min(max(log_weight, weight_range[0]), weight_range[1])
-            weights[places[t - 1]] = math.exp(log_weight)
-        result.append(weights)
-    return result
+def pear_oracle(logprobs, behavior, variant, gamma, block, ratio_range, weight_range):
+    """PEAR's weights [n] of one response's own n tokens, by a double loop, in logs and float64."""
+    d = []
+    for x, y in zip(logprobs.tolist(), behavior.tolist()):
+        low, high = ratio_range or (-math.inf, math.inf)
+        d.append(min(max(x - y, low), high))
+    n, weights = len(d), []
+    for t in range(1, n + 1):
+        log_weight = 0.0
+        if variant == "sequence":
+            for j in range(1, n + 1):
+                log_weight += d[j - 1]
+        else:
+            end = t
+            while variant == "block" and end % block and end < n:
+                end += 1
+            for j in range(end + 1, n + 1):
+                log_weight += d[j - 1]
+            log_weight += (n - end) * math.log(gamma)
+        if weight_range is not None:
+            log_weight = min(max(log_weight, weight_range[0]), weight_range[1])
+        weights.append(math.exp(log_weight))
+    return torch.tensor(weights, dtype=torch.float64)
 
 
-def pure_pear_rows(dtype=torch.float64, t=14):
-    """Prompts on the left and padding on the right, both masked out and not numbers; lengths from 0 to t."""
-    mask = torch.zeros(7, t, dtype=torch.bool)
-    for row, (start, stop) in enumerate(
-        [(0, t), (3, t), (2, t - 5), (5, 6), (4, 4), (1, 10), (t - 3, t)]
-    ):
+def pear_oracle_of_rows(logprobs, behavior, mask, *settings):
+    """pear_oracle of each row's masked-in tokens, 0 elsewhere: [B, T]."""
+    weights = torch.zeros(mask.shape, dtype=torch.float64)
+    for b, row in enumerate(mask):
+        weights[b, row] = pear_oracle(logprobs[b, row], behavior[b, row], *settings)
+    return weights
+
+
+def pear_rows(width=14):
+    """Prompts on the left, padding on the right, both masked out and not numbers; one row empty."""
+    mask = torch.zeros(7, width, dtype=torch.bool)
+    spans = [(0, width), (3, width), (2, width - 5), (5, 6), (4, 4), (1, 10), (width - 3, width)]
+    for row, (start, stop) in enumerate(spans):
         mask[row, start:stop] = True
-    logprobs, behavior = (
-        pure_rand(7, t, seed=6, scale=0.4) - 1,
-        pure_rand(7, t, seed=7, scale=0.4) - 1,
-    )
-    return (
-        logprobs.masked_fill(~mask, math.nan).to(dtype),
-        behavior.masked_fill(~mask, -math.inf).to(dtype),
-        mask,
-    )
+    logprobs = randn(7, width, seed=6, scale=0.4) - 1
+    behavior = randn(7, width, seed=7, scale=0.4) - 1
+    return logprobs.masked_fill(~mask, math.nan), behavior.masked_fill(~mask, -math.inf), mask
 
 
-@pytest.mark.parametrize(
-    "variant, block",
-    [("sequence", 4), ("token", 4), *(("block", b) for b in (1, 2, 3, 4, 5, 14, 99))],
-)
+# fmt: off
+VARIANTS = ["sequence", "token", "block"]
+VARIANTS_AND_BLOCKS = [("sequence", 4), ("token", 4), ("block", 1), ("block", 2), ("block", 3),
+                       ("block", 4), ("block", 5), ("block", 14), ("block", 99)]
+RANGES = [(None, None), ((-0.08, 0.3), (-10.0, 5.0)), ((-0.3, 0.1), None), (None, (-0.5, 0.7))]
+# fmt: on
+
+
+@pytest.mark.parametrize("variant, block", VARIANTS_AND_BLOCKS)
 @pytest.mark.parametrize("gamma", [1.0, 0.999, 0.8])
-@pytest.mark.parametrize(
-    "ratio_range, weight_range",
-    [(None, None), ((-0.08, 0.3), (-10.0, 5.0)), ((-0.3, 0.1), None), (None, (-0.5, 0.7))],
-)
+@pytest.mark.parametrize("ratio_range, weight_range", RANGES)
 def test_pear_weights_against_a_double_loop(variant, block, gamma, ratio_range, weight_range):
-    logprobs, behavior, mask = pure_pear_rows()
-    got = losses.pear_weights(
-        logprobs, behavior, mask, variant, gamma, block, ratio_range, weight_range
-    )
-    expected = pure_pear(
-        logprobs.tolist(),
-        behavior.tolist(),
-        mask.tolist(),
-        variant,
-        gamma,
-        block,
-        ratio_range,
-        weight_range,
-    )
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    settings = (variant, gamma, block, ratio_range, weight_range)
+    got = losses.pear_weights(*pear_rows(), *settings)
+    expected = pear_oracle_of_rows(*pear_rows(), *settings)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("variant", ["sequence", "token", "block"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pear_weights_with_random_masks(variant):
     generator = torch.Generator().manual_seed(8)
-    mask = torch.rand(30, 23, generator=generator) < torch.rand(
-        30, 1, generator=generator
-    )  # gaps: t counts response tokens only
-    logprobs, behavior = pure_rand(30, 23, seed=9, scale=0.3), pure_rand(30, 23, seed=10, scale=0.3)
+    share = torch.rand(30, 1, generator=generator)
+    mask = torch.rand(30, 23, generator=generator) < share  # gaps: t counts response tokens only
+    rows = randn(30, 23, seed=9, scale=0.3), randn(30, 23, seed=10, scale=0.3), mask
     settings = (variant, 0.97, 4, (-0.2, 0.3), (-1.0, 1.5))
-    torch.testing.assert_close(
-        losses.pear_weights(logprobs, behavior, mask, *settings),
-        torch.tensor(
-            pure_pear(logprobs.tolist(), behavior.tolist(), mask.tolist(), *settings),
-            dtype=torch.float64,
-        ),
-        rtol=1e-6,
-        atol=0,
-    )
+    got, expected = losses.pear_weights(*rows, *settings), pear_oracle_of_rows(*rows, *settings)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 def test_pear_weights_by_hand():
-    # d = ln 2, ln 3, ln 5, gamma 1/2: sequence 30; token (1/4) 15, (1/2) 5, 1; blocks of two: token 2's for 1 and 2
-    logprobs, mask = (
-        torch.tensor([[9.0, math.log(2), math.log(3), math.log(5), 9.0]]),
-        torch.tensor([[False, True, True, True, False]]),
-    )
-    for variant, expected in (
-        ("sequence", [0, 30, 30, 30, 0]),
-        ("token", [0, 3.75, 2.5, 1, 0]),
-        ("block", [0, 2.5, 2.5, 1, 0]),
-    ):
-        got = losses.pear_weights(logprobs, torch.zeros(1, 5), mask, variant, 0.5, 2, None, None)
-        assert got[0].tolist() == pytest.approx(expected, rel=1e-6), variant
+    # d = ln 2, ln 3, ln 5 and gamma 1/2: sequence 2 * 3 * 5; token 1/4 * 15, 1/2 * 5 and 1; in
+    # blocks of two the second token's for the first two. Then the docstring's example.
+    cases = [
+        ([2, 3, 5], 0.5, {"sequence": [30] * 3, "token": [3.75, 2.5, 1], "block": [2.5, 2.5, 1]}),
+        (
+            [2, 3, 5, 2, 3],
+            1.0,
+            {"sequence": [180] * 5, "token": [90, 30, 6, 3, 1], "block": [30, 30, 3, 3, 1]},
+        ),
+    ]
+    for ratios, gamma, expected in cases:
+        n = len(ratios)
+        logprobs = torch.tensor([[8, *ratios, 8]]).log()  # the ends are masked out
+        mask = torch.tensor([[False, *[True] * n, False]])
+        zeros = torch.zeros(1, n + 2)
+        for variant, weights in expected.items():
+            got = losses.pear_weights(logprobs, zeros, mask, variant, gamma, 2, None, None)
+            assert got[0].tolist() == pytest.approx([0, *weights, 0], rel=1e-5), variant
 
 
 def test_pear_defaults_are_the_papers():
-    logprobs, behavior, mask = pure_pear_rows()
-    expected = pure_pear(
-        logprobs.tolist(),
-        behavior.tolist(),
-        mask.tolist(),
-        "block",
-        0.999,
-        4,
-        (-0.08, 0.3),
-        (-10.0, 5.0),
-    )
-    torch.testing.assert_close(
-        losses.pear_weights(logprobs, behavior, mask, "block"),
-        torch.tensor(expected, dtype=torch.float64),
-    )
+    expected = pear_oracle_of_rows(*pear_rows(), "block", 0.999, 4, (-0.08, 0.3), (-10.0, 5.0))
+    torch.testing.assert_close(losses.pear_weights(*pear_rows(), "block"), expected)
+    # thirty times d = 1 or -1: both bounds of both ranges are at work
+    d = torch.tensor([[1.0] * 30, [-1.0] * 30], dtype=torch.float64)
+    everywhere = torch.ones(2, 30, dtype=torch.bool)
+    got = losses.pear_weights(d, torch.zeros_like(d), everywhere, "sequence")
+    assert got[:, 0].tolist() == pytest.approx([math.exp(5), math.exp(-30 * 0.08)])
+    got = losses.pear_weights(d, torch.zeros_like(d), everywhere, "sequence", ratio_range=None)
+    assert got[:, 0].tolist() == pytest.approx([math.exp(5), math.exp(-10)])
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_pear_blocks_of_one_are_the_token_variant(gamma):
-    rows = pure_pear_rows()
-    assert torch.equal(
-        losses.pear_weights(*rows, "block", gamma, 1), losses.pear_weights(*rows, "token", gamma)
-    )
+    blocks = losses.pear_weights(*pear_rows(), "block", gamma, 1)
+    assert torch.equal(blocks, losses.pear_weights(*pear_rows(), "token", gamma))
 
 
-@pytest.mark.parametrize("variant", ["sequence", "token", "block"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pear_weights_are_one_where_both_policies_agree(variant):
-    logprobs, _, mask = pure_pear_rows()
-    assert torch.equal(
-        losses.pear_weights(logprobs, logprobs.clone(), mask, variant, 1.0), mask.double()
-    )
+    logprobs, _, mask = pear_rows()
+    weights = losses.pear_weights(logprobs, logprobs.clone(), mask, variant, 1.0)
+    assert torch.equal(weights, mask.double())
 
 
-@pytest.mark.parametrize("variant", ["sequence", "token", "block"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pear_weights_carry_no_gradient_and_ignore_padding(variant):
-    logprobs, behavior, mask = pure_pear_rows()
-    got = losses.pear_weights(
-        logprobs.requires_grad_(), behavior.requires_grad_(), mask, variant, 0.9
-    )
-    assert not got.requires_grad and torch.isfinite(got).all() and got[~mask].eq(0).all()
-    wider = [torch.nn.functional.pad(t.detach(), (3, 40)) for t in (logprobs, behavior, mask)]
-    torch.testing.assert_close(
-        losses.pear_weights(*wider, variant, 0.9)[:, 3:-40], got, rtol=1e-6, atol=0
-    )
+    rows = pear_rows()
+    rows[0].requires_grad_()
+    rows[1].requires_grad_()
+    got = losses.pear_weights(*rows, variant, 0.9)
+    assert not got.requires_grad and torch.isfinite(got).all() and got[~rows[2]].eq(0).all()
+    wider = [torch.nn.functional.pad(t.detach(), (3, 40)) for t in rows]
+    padded = losses.pear_weights(*wider, variant, 0.9)[:, 3:-40]
+    torch.testing.assert_close(padded, got, rtol=1e-6, atol=0)
 
 
 def test_pear_is_not_the_ports():
-    """The padded length in the exponent, and the weight itself clipped to [0.1, 10], give other numbers."""
-    logprobs, behavior, mask = pure_pear_rows()
+    """The padded length in the exponent, and the weight itself clipped to [0.1, 10], differ."""
+    logprobs, behavior, mask = pear_rows()
     d = (logprobs - behavior).masked_fill(~mask, 0.0)
-    got, padded = (
-        losses.pear_weights(logprobs, behavior, mask, "token", 0.9, 4, None, None),
-        torch.zeros(7, 14, dtype=torch.float64),
-    )
+    got = losses.pear_weights(logprobs, behavior, mask, "token", 0.9, 4, None, None)
+    padded = torch.zeros(7, 14, dtype=torch.float64)
     for b, t in mask.nonzero().tolist():
         padded[b, t] = 0.9 ** (14 - 1 - t) * d[b, t + 1 :].sum().exp()  # T the padded length
     full = mask.all(1)
     torch.testing.assert_close(got[full], padded[full])  # where nothing is padded the two agree,
-    assert (got[2] / padded[2])[mask[2]].tolist() == pytest.approx(
-        [0.9**-5] * 7, rel=1e-5
-    )  # and row 2 ends 5 early
-    # d = 0.3 or -0.3 thirty times: suffixes from exp(8.7) to exp(-8.7), of which bounds of -10 and 5 cut some
+    ratios = (got[2] / padded[2])[mask[2]].tolist()  # and row 2 ends 5 early
+    assert ratios == pytest.approx([0.9**-5] * 7, rel=1e-5)
+    # d = 0.3 or -0.3 thirty times: suffixes from exp(8.7) to exp(-8.7), of which bounds of -10 and
+    # 5 cut some
     d = torch.tensor([[0.3] * 30, [-0.3] * 30], dtype=torch.float64)
-    got = losses.pear_weights(
-        d, torch.zeros_like(d), torch.ones_like(d, dtype=torch.bool), "token", 1.0, 4, None
-    )
-    assert got[0, 0].item() == pytest.approx(math.exp(5)) and got[1, 0].item() == pytest.approx(
-        math.exp(-8.7)
-    )
-    assert got.max() > 10 and got.min() < 0.1 and got[0, 20].item() == pytest.approx(math.exp(2.7))
+    everywhere = torch.ones(2, 30, dtype=torch.bool)
+    got = losses.pear_weights(d, torch.zeros_like(d), everywhere, "token", 1.0, 4, None)
+    assert got[0, 0].item() == pytest.approx(math.exp(5))
+    assert got[1, 0].item() == pytest.approx(math.exp(-8.7))
+    assert got[0, 20].item() == pytest.approx(math.exp(2.7))
+    assert got.max() > 10 and got.min() < 0.1
 
 
-@pytest.mark.parametrize("variant", ["sequence", "token", "block"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("ratio_range", [(-0.08, 0.3), None])
 @pytest.mark.parametrize("extreme", [1e4, 1e30, math.inf])
 def test_pear_extreme_ratios_stay_finite_and_local(variant, ratio_range, extreme):
-    """A token of ratio 0 weighs down those before it, and leaves those after it as they are, in float32 too."""
+    """A token of ratio 0 weighs down those before it, and leaves those after it, in float32 too."""
     mask = torch.tensor([[False] + [True] * 9 + [False]])
     logprobs = torch.tensor([[0.0, 0.25, -extreme, 0.5, -0.25, 1.0, 0.125, -0.5, 0.75, 0.25, 0.0]])
-    behavior = torch.zeros(1, 11)
     settings = (variant, 0.999, 4, ratio_range, (-10.0, 5.0))
-    got = losses.pear_weights(logprobs, behavior, mask, *settings)
-    expected = torch.tensor(
-        pure_pear(logprobs.tolist(), behavior.tolist(), mask.tolist(), *settings)
-    )
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
-    up = losses.pear_weights(-logprobs, behavior, mask, *settings)  # and one of ratio infinity
-    torch.testing.assert_close(
-        up,
-        torch.tensor(pure_pear((-logprobs).tolist(), behavior.tolist(), mask.tolist(), *settings)),
-        rtol=1e-4,
-        atol=0,
-    )
+    for d in (logprobs, -logprobs):  # and one of ratio infinity
+        rows = d, torch.zeros(1, 11), mask
+        expected = pear_oracle_of_rows(*rows, *settings).float()
+        torch.testing.assert_close(
+            losses.pear_weights(*rows, *settings), expected, rtol=1e-4, atol=0
+        )
 
 
 def test_pear_refuses():
-    rows = pure_pear_rows()
     with pytest.raises(ValueError, match="variant"):
-        losses.pear_weights(*rows, "suffix")
+        losses.pear_weights(*pear_rows(), "suffix")
     for gamma in (0.0, 1.01, -1.0):
         with pytest.raises(ValueError, match="gamma"):
-            losses.pear_weights(*rows, "token", gamma)
+            losses.pear_weights(*pear_rows(), "token", gamma)
     with pytest.raises(ValueError, match="block"):
-        losses.pear_weights(*rows, "block", 0.9, 0)
+        losses.pear_weights(*pear_rows(), "block", 0.9, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Log-probabilities in tiles of the vocabulary
+
+
+def head(n=13, d=5, v=17, dtype=torch.float64, scale=1.0):
+    """hidden [n, d], head_weight [v, d] and targets [n]."""
+    targets = torch.randint(v, (n,), generator=torch.Generator().manual_seed(3))
+    hidden = randn(n, d, seed=1, dtype=dtype, scale=scale)
+    return hidden, randn(v, d, seed=2, dtype=dtype), targets
+
+
+def full_softmax(hidden, head_weight, targets, temperature):
+    """Log-probabilities and entropies from all the logits at once."""
+    logs = torch.log_softmax(hidden @ head_weight.T / temperature, -1)
+    return logs[torch.arange(len(targets)), targets], -(logs.exp() * logs).sum(-1)
+
+
+# Of 17 entries: one a tile, tiles that do not divide them, all in one, and a larger tile.
+@pytest.mark.parametrize("chunk", [1, 4, 5, 17, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_token_logprobs_equal_the_full_softmax(chunk, temperature, dtype, tolerance):
+    hidden, weight, targets = head(dtype=dtype)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    upstream = randn(13, seed=4, dtype=dtype)
+    expected, expected_entropy = full_softmax(hidden, weight, targets, temperature)
+    expected_gradients = torch.autograd.grad(expected, leaves, upstream)
+    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, temperature, chunk)
+    assert logprobs.shape == entropy.shape == (13,) and logprobs.dtype == entropy.dtype == dtype
+    assert logprobs.requires_grad and not entropy.requires_grad
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=tolerance)
+    gradients = torch.autograd.grad(logprobs, leaves, upstream)
+    for gradient, right in zip(gradients, expected_gradients):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, right, rtol=0, atol=10 * tolerance)
+
+
+def test_token_logprobs_by_hand():
+    # logits (0, ln 3): probabilities 1/4 and 3/4; at temperature 1/2 logits (0, ln 9): 1/10, 9/10
+    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [math.log(3)]])
+    for temperature, p in ((1.0, 0.25), (0.5, 0.1)):
+        targets = torch.tensor([0, 1])
+        logprobs, entropy = losses.token_logprobs(hidden, weight, targets, temperature)
+        logs = [math.log(p), math.log(1 - p)]
+        assert logprobs.tolist() == pytest.approx(logs, abs=1e-6)
+        expected = -p * logs[0] - (1 - p) * logs[1]
+        assert entropy.tolist() == pytest.approx([expected, expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [50.0, 1e3])
+def test_token_logprobs_of_large_logits_stay_finite(scale):
+    hidden, weight, targets = head(dtype=torch.float32, scale=scale)
+    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, chunk=4)
+    expected, expected_entropy = full_softmax(
+        hidden.double(), weight.double(), targets, temperature=1.0
+    )
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 3), (0.7, 4), (1.3, 100)])
+def test_token_logprobs_gradient_by_finite_differences(temperature, chunk):
+    hidden, weight, targets = head(n=7, d=3, v=6)
+    logprobs = lambda h, w: losses.token_logprobs(h, w, targets, temperature, chunk)[0]
+    assert torch.autograd.gradcheck(logprobs, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_token_logprobs_entropy_carries_no_gradient_and_steals_none():
+    hidden, weight, targets = head()
+    hidden.requires_grad_()
+    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, chunk=4)
+    total = full_softmax(hidden, weight, targets, 1.0)[0].sum()
+    expected = torch.autograd.grad(total, hidden)[0]
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        entropy.sum().backward()
+    (logprobs.sum() + 100 * entropy.sum()).backward()
+    torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_token_logprobs_of_no_token():
+    """A rank without work still takes part in the backward pass."""
+    hidden, weight = torch.zeros(0, 5, requires_grad=True), torch.ones(7, 5, requires_grad=True)
+    logprobs, entropy = losses.token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    logprobs.sum().backward()
+    assert logprobs.shape == entropy.shape == (0,)
+    assert hidden.grad.shape == (0, 5) and weight.grad.eq(0).all()
+
+
+def test_token_logprobs_with_a_tied_head():
+    weight = randn(11, 4, seed=5).requires_grad_()  # embedding and head in one
+    tokens, targets = torch.tensor([3, 0, 3, 10, 7]), torch.tensor([0, 3, 10, 7, 2])
+    total = full_softmax(weight[tokens].tanh(), weight, targets, 0.8)[0].sum()
+    expected = torch.autograd.grad(total, weight)[0]
+    losses.token_logprobs(weight[tokens].tanh(), weight, targets, 0.8, 2)[0].sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_token_logprobs_in_bfloat16_stays_close_to_float32(temperature):
+    hidden, weight, targets = head(n=600, d=64, v=50, scale=0.3)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()  # the same rounded numbers for both
+    results, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        logprobs, entropy = losses.token_logprobs(h, w, targets, temperature, 8)
+        assert logprobs.dtype == entropy.dtype == torch.float32
+        results.append((logprobs, entropy))
+        gradients.append(torch.autograd.grad(logprobs.sum(), (h, w)))
+    for right, rounded in zip(*results):
+        assert (rounded - right).norm() / right.norm() < 0.01
+    for right, rounded in zip(*gradients):
+        assert (rounded.float() - right).norm() / right.norm() < 0.006
+
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation for the largest tensor that it makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none():
+    n, d, v, chunk = 512, 4, 300, 16
+    hidden, weight, targets = head(n, d, v)
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        leaves = hidden.requires_grad_(), weight.requires_grad_()
+        losses.token_logprobs(*leaves, targets, 1.0, chunk)[0].sum().backward()
+    assert largest.numel == 2 * n * chunk  # of n * v, 9 times as many
+    assert sum(saved) <= n * d + v * d + 2 * n
+
+
+# --------------------------------------------------------------------------------------------------
 # Freezing
+
+
+def example_of(docstring):
+    """The code of a docstring: its lines that are indented by four."""
+    lines = [line for line in docstring.splitlines() if line.startswith("    ") or not line]
+    return textwrap.dedent("\n".join(lines))
+
+
+def toy_training():
+    """What the docstring's example takes as given, and a record of the weights on the way."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(4)))  # never gets a gradient
+    model.register_parameter("fixed", torch.nn.Parameter(torch.ones(2), requires_grad=False))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    generator = torch.Generator().manual_seed(1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = lambda: [p.detach().clone() for p in trained]
+    seen = [weights()]  # at the start, then before and after each SFT phase
+
+    def rl_step():
+        optimizer.zero_grad()
+        for p in model[0].weight, model[2].weight:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+    def sft_batches():
+        seen.append(weights())
+        for _ in range(4):
+            yield torch.randn(8, 6, generator=generator)
+        seen.append(weights())
+
+    def sft_loss(batch):
+        return 30 * (model(batch) - 2).square().mean()  # large enough to be clipped
+
+    return dict(
+        model=model,
+        optimizer=optimizer,
+        rl_step=rl_step,
+        sft_batches=sft_batches,
+        sft_loss=sft_loss,
+        seen=seen,
+    )
+
+
+def around_sft(seen, phase):
+    """The trained weights before and after an SFT phase, each in one vector."""
+    before, after = seen[1 + 2 * phase], seen[2 + 2 * phase]
+    return torch.cat([p.flatten() for p in before]), torch.cat([p.flatten() for p in after])
+
+
+def test_the_freezing_example_of_the_docstring():
+    toy = toy_training()
+    exec(example_of(freeze.__doc__), {"torch": torch, **vars(freeze), **toy})
+
+    # The same protocol by hand: every entry in one vector, a sorted threshold, masked updates.
+    hand = toy_training()
+    parameters = [p for p in hand["model"].parameters() if p.requires_grad]
+    vector = lambda: torch.cat([p.detach().flatten() for p in parameters])
+    importance, before, masks = torch.zeros(len(vector())), vector(), []
+    for _ in range(3):
+        hand["rl_step"]()
+        importance = 0.9 * importance + (vector() - before).abs()
+        largest = importance.sort(descending=True).values
+        frozen = importance > largest[len(largest) // 2]
+        masks.append(frozen)
+        start = vector()
+        for batch in hand["sft_batches"]():
+            hand["optimizer"].zero_grad()
+            hand["sft_loss"](batch).backward()
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            gradient = torch.cat([g.flatten() for g in gradients])
+            gradient[frozen] = 0.0
+            assert gradient.norm() > 1
+            gradient = gradient / gradient.norm()
+            for p, g in zip(parameters, gradient.split([p.numel() for p in parameters])):
+                if p.grad is not None:
+                    p.grad = g.view_as(p)
+            hand["optimizer"].step()
+            after = torch.where(frozen, start, vector())
+            torch.nn.utils.vector_to_parameters(after, parameters)
+        before = vector()
+
+    assert len(toy["seen"]) == len(hand["seen"]) == 7
+    for got, right in zip(toy["seen"], hand["seen"]):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-6)
+    for phase, frozen in enumerate(masks):
+        start, end = around_sft(toy["seen"], phase)
+        assert 20 < frozen.sum() <= len(frozen) // 2
+        assert torch.equal(start.view(torch.int32)[frozen], end.view(torch.int32)[frozen])
+        free = ~frozen
+        free[:4] = False  # no gradient and no decay reach the unused parameter
+        assert (start != end)[free].all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.9, 1.0])
 def test_update_importance_against_a_loop(alpha):
     shapes = [(3, 4), (5,), (), (0, 2)]
-    theta = [
-        [
-            pure_rand(*shape, seed=10 * phase + i, dtype=torch.float32)
-            for i, shape in enumerate(shapes)
-        ]
-        for phase in range(4)
-    ]
-    before, importance = (
-        [[t.clone() for t in phase] for phase in theta],
-        [torch.zeros(shape) for shape in shapes],
-    )
+    phases = []
+    for phase in range(4):
+        phases.append([randn(*s, seed=10 * phase + i).float() for i, s in enumerate(shapes)])
+    untouched = copy.deepcopy(phases)
+    importance = [torch.zeros(shape) for shape in shapes]
     expected = [[0.0] * t.numel() for t in importance]
-    for old, new in zip(theta, theta[1:]):
+    for old, new in itertools.pairwise(phases):
         assert freeze.update_importance(importance, old, new, alpha) is None
         for values, a, b in zip(expected, old, new):
             for i, (x, y) in enumerate(zip(a.flatten().tolist(), b.flatten().tolist())):
                 values[i] = alpha * values[i] + abs(y - x)
     for values, c in zip(expected, importance):
         assert c.flatten().tolist() == pytest.approx(values, abs=1e-6)
-    assert all(
-        torch.equal(a, b) for a, b in zip(sum(theta, []), sum(before, []))
-    )  # neither is written to
+    torch.testing.assert_close(phases, untouched, rtol=0, atol=0)  # neither is written to
     with pytest.raises(ValueError):
-        freeze.update_importance(importance, theta[0], theta[1][:-1], alpha)
+        freeze.update_importance(importance, phases[0], phases[1][:-1], alpha)
 
 
-def pure_sorted_threshold(tensors, fraction):
+def sorted_threshold(tensors, fraction):
     """The (K + 1)-th largest |entry| by a full sort."""
     values = torch.cat([t.flatten() for t in tensors]).abs().sort(descending=True).values
     k = math.floor(Fraction(str(fraction)) * len(values))
     return values[k].item() if k < len(values) else -math.inf
 
 
-def pure_check_threshold(tensors, fraction):
+def check_threshold(tensors, fraction):
     threshold = freeze.topk_threshold(tensors, fraction)
-    assert threshold == pure_sorted_threshold(tensors, fraction)
+    assert threshold == sorted_threshold(tensors, fraction)
     values = torch.cat([t.flatten() for t in tensors]).abs()
     k = math.floor(Fraction(str(fraction)) * len(values))
     frozen, ties = int((values > threshold).sum()), int((values == threshold).sum())
     assert frozen <= k < frozen + ties or frozen == k == len(values)  # K to within the tie class
-    return threshold
 
 
-PURE_DENORMAL = 2.0**-149  # the smallest float32 above 0
+def floats_of(bits):
+    return torch.as_tensor(bits, dtype=torch.int32).view(torch.float32)
 
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.1, 0.29, 0.5, 0.9, 0.99, 1.0])
 def test_topk_threshold_in_odd_cases(fraction):
-    normal = pure_rand(1001, dtype=torch.float32)
-    zeros = torch.cat([normal, torch.zeros(3000), -torch.zeros(7)])
+    normal = randn(1001, dtype=torch.float32)
     ties = torch.tensor([1.0, -1.0, 2.0, 2.0, -2.0, 0.5]).repeat(50)
-    denormals = torch.cat(
-        [torch.arange(1, 500, dtype=torch.int32).view(torch.float32), normal[:100] * 1e-40]
-    )
-    infinite = torch.cat([normal, torch.tensor([math.inf, -math.inf] * 80)])
-    close = (torch.arange(70000, dtype=torch.int32) + 0x3F7F0000).view(
-        torch.float32
-    )  # neighbours, across several upper halves
-    for values in (
-        normal,
-        zeros,
-        ties,
-        denormals,
-        infinite,
-        close.flip(0),
-        torch.full((77,), -0.25),
-        torch.zeros(10),
-        normal[:1],
-    ):
-        pure_check_threshold([values], fraction)
-    pure_check_threshold(
-        [
-            normal[:1000].view(10, 100).T,
-            torch.zeros(0),
-            torch.zeros(3, 0),
-            ties[3],
-            close[:77].view(7, 11),
-        ],
-        fraction,
-    )
+    close = floats_of(torch.arange(70000) + 0x3F7F0000)  # neighbours, across several upper halves
+    cases = {
+        "normal": normal,
+        "one": normal[:1],
+        "zeros": torch.zeros(10),
+        "many zeros": torch.cat([normal, torch.zeros(3000), -torch.zeros(7)]),
+        "ties": ties,
+        "all equal": torch.full((77,), -0.25),
+        "denormals": torch.cat([floats_of(torch.arange(1, 500)), normal[:100] * 1e-40]),
+        "infinite": torch.cat([normal, torch.tensor([math.inf, -math.inf] * 80)]),
+        "close": close.flip(0),
+    }
+    for values in cases.values():
+        check_threshold([values], fraction)
+    shapes = [normal[:1000].view(10, 100).T, torch.zeros(0), torch.zeros(3, 0), ties[3]]
+    check_threshold([*shapes, close[:77].view(7, 11)], fraction)
 
 
 def test_topk_threshold_by_hand():
     values = [torch.tensor([[3.0, -1.0], [0.0, -7.0]]), torch.tensor([5.0, 2.0])]  # 7 5 3 2 1 0
-    for fraction, expected in ((0.5, 2.0), (1 / 6, 5.0), (0.1, 7.0), (0.99, 0.0), (1.0, -math.inf)):
-        assert freeze.topk_threshold(values, fraction) == expected
-    assert freeze.topk_threshold([torch.tensor([PURE_DENORMAL, 0.0])], 0.5) == 0.0
-    assert freeze.topk_threshold([torch.tensor([PURE_DENORMAL, 0.0])], 0.1) == PURE_DENORMAL
+    expected = {0.5: 2.0, 0.4: 3.0, 1 / 6: 5.0, 0.1: 7.0, 0.99: 0.0, 1.0: -math.inf}
+    for fraction, threshold in expected.items():
+        assert freeze.topk_threshold(values, fraction) == threshold
+    smallest = 2.0**-149  # of float32, above 0
+    assert freeze.topk_threshold([torch.tensor([smallest, 0.0])], 0.5) == 0.0
+    assert freeze.topk_threshold([torch.tensor([smallest, 0.0])], 0.1) == smallest
     # 0.29 * 100 is 28.999999999999996
     assert freeze.topk_threshold([torch.arange(100, dtype=torch.float32)], 0.29) == 70.0
 
@@ -926,18 +991,13 @@ def test_topk_threshold_refuses():
     for empty in ([], [torch.zeros(0)]):
         with pytest.raises(ValueError, match="entry"):
             freeze.topk_threshold(empty, 0.5)
-    for bits in (
-        0x7FC00000,
-        0x7FFFFFFF,
-        -1,
-        0x7F800001,
-    ):  # quiet, all ones, negative, and one only in its lower half
-        nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    # quiet, all ones, negative, and one only in its lower half
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001):
         with pytest.raises(ValueError, match="NaN"):
-            freeze.topk_threshold([good, torch.cat([good, nan])], 0.5)
+            freeze.topk_threshold([good, torch.cat([good, floats_of([bits])])], 0.5)
 
 
-PURE_TWO_RANKS = """
+TOPK_ON_TWO_RANKS = """
 import json, math, os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
@@ -949,11 +1009,13 @@ big = torch.randn(10_000_000, generator=torch.Generator().manual_seed(0))
 big[::3] = 0.0
 big[1::7] = 0.5
 small = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+
 def shards(values, cut):
     mine = values[:cut] if rank == 0 else values[cut:]
     return [mine[: len(mine) // 3].clone(), torch.zeros(0), mine[len(mine) // 3 :].clone()]
-cases = [(big, 6_543_210, [0.3]), (small, 0, [0.01, 0.5, 1.0]), (small, 1000, [0.5]), (torch.full((9,), 2.0), 4, [0.5])]
-for values, cut, fractions in cases:
+
+cases = [(big, 6_543_210, [0.3]), (small, 0, [0.01, 0.5, 1.0]), (small, 1000, [0.5])]
+for values, cut, fractions in cases + [(torch.full((9,), 2.0), 4, [0.5])]:
     for fraction in fractions:
         results.append(freeze.topk_threshold(shards(values, cut), fraction, group))
 for tensors in ([torch.tensor([math.nan if rank else 1.0])], [torch.zeros(0)]):
@@ -961,8 +1023,8 @@ for tensors in ([torch.tensor([math.nan if rank else 1.0])], [torch.zeros(0)]):
         freeze.topk_threshold(tensors, 0.5, group)
     except ValueError as error:
         results.append(str(error))
-alone = freeze.topk_threshold([small[:400] if rank == 0 else 3 * small[400:]], 0.5)  # no group: nothing is communicated
-results.append(alone)
+alone = small[:400] if rank == 0 else 3 * small[400:]
+results.append(freeze.topk_threshold([alone], 0.5))  # no group: nothing is communicated
 print(json.dumps(results))
 sys.stdout.flush()
 os._exit(0)  # gloo at times aborts a process that ends by itself, if its peer has ended before
@@ -971,37 +1033,27 @@ os._exit(0)  # gloo at times aborts a process that ends by itself, if its peer h
 
 def test_topk_threshold_on_ten_million_values_and_on_two_ranks(tmp_path):
     script = tmp_path / "two_ranks.py"
-    script.write_text(PURE_TWO_RANKS)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, script, ROOT, tmp_path / "meeting", str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+    script.write_text(TOPK_ON_TWO_RANKS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in ("0", "1"):
+        command = [sys.executable, script, ROOT, tmp_path / "meeting", rank]
+        pipe = subprocess.PIPE
+        ranks.append(
+            subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
         )
-        for rank in range(2)
-    ]
     big = torch.randn(10_000_000, generator=torch.Generator().manual_seed(0))
     big[::3] = 0.0
     big[1::7] = 0.5
     small = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     ordered = big.abs().sort(descending=True).values
-    for fraction in (
-        1e-7,
-        0.3,
-        0.47,
-        0.9,
-    ):  # the second-largest, an ordinary value, and two within ties: 0.5 and 0
-        assert (
-            freeze.topk_threshold(list(big.view(4, -1)), fraction)
-            == ordered[round(fraction * 10_000_000)].item()
-        )
-    expected = (
-        [ordered[3_000_000].item()]
-        + [pure_sorted_threshold([small], f) for f in (0.01, 0.5, 1.0, 0.5)]
-        + [2.0]
-    )
+    # the second-largest, an ordinary value, and two within ties: 0.5 and 0
+    for fraction in (1e-7, 0.3, 0.47, 0.9):
+        right = ordered[round(fraction * 10_000_000)].item()
+        assert freeze.topk_threshold(list(big.view(4, -1)), fraction) == right
+    expected = [ordered[3_000_000].item()]
+    expected += [sorted_threshold([small], fraction) for fraction in (0.01, 0.5, 1.0, 0.5)]
+    expected.append(2.0)
     try:
         outputs = [process.communicate(timeout=120) for process in ranks]
     finally:
@@ -1012,81 +1064,67 @@ def test_topk_threshold_on_ten_million_values_and_on_two_ranks(tmp_path):
         *numbers, nan, empty, alone = json.loads(out.splitlines()[-1])
         assert numbers == expected
         assert "NaN" in nan and "entry" in empty  # on both ranks, though one of them holds the NaN
-        assert alone == pure_sorted_threshold([small[:400] if rank == 0 else 3 * small[400:]], 0.5)
+        assert alone == sorted_threshold([small[:400] if rank == 0 else 3 * small[400:]], 0.5)
 
 
-def pure_training(frozen_steps, mode, weight_decay=0.1, warm=3):
-    """AdamW whose moments are warm when the freeze begins. Returns also norms and movements."""
+def entries(tensors, chosen):
+    """The chosen entries of all tensors, as floats."""
+    return torch.cat([t.detach()[c] for t, c in zip(tensors, chosen)]).tolist()
+
+
+def frozen_training(steps, strict, weight_decay=0.1, warm=3):
+    """AdamW whose moments are warm when the freeze begins.
+
+    Returns parameters, masks, anchor, and two lists of pairs, one a step: the clipped norm and that
+    of the free entries by hand; what freeze.py says of the frozen entries' movement and a loop.
+    """
     generator = torch.Generator().manual_seed(5)
-    parameters = [
-        torch.nn.Parameter(torch.randn(shape, generator=generator))
-        for shape in ((20, 30), (50,), (0, 3))
-    ]
+    draw = lambda like: torch.randn(like.shape, generator=generator)
+    parameters = [torch.nn.Parameter(draw(torch.empty(s))) for s in ((20, 30), (50,), (0, 3))]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=weight_decay)
-
-    def draw_gradients():
-        for p in parameters:
-            p.grad = torch.randn(p.shape, generator=generator)
-
     for _ in range(warm):
-        draw_gradients()
+        for p in parameters:
+            p.grad = draw(p)
         optimizer.step()
-    with torch.no_grad():
-        parameters[1][:20] = torch.tensor([0.0, -0.0, -0.0, 1e-42, -1e-42]).repeat(
-            4
-        )  # multiplying by a mask would lose signs
+    # Multiplying by a mask would lose signs of zeros; these entries are frozen.
+    odd = torch.tensor([0.0, -0.0, -0.0, 1e-42, -1e-42]).repeat(4)
+    parameters[1].data[:20] = odd
     anchor = [p.detach().clone() for p in parameters]
     frozen = [torch.rand(p.shape, generator=generator) < 0.5 for p in parameters]
     frozen[1][:20] = True
     norms, movements = [], []
-    for _ in range(frozen_steps):
-        draw_gradients()
-        free = [
-            g
-            for p, f in zip(parameters, frozen)
-            for g, is_frozen in zip(p.grad.flatten().tolist(), f.flatten().tolist())
-            if not is_frozen
-        ]
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = draw(p)
+        free = entries([p.grad for p in parameters], [~f for f in frozen])
         freeze.zero_frozen_gradients((p.grad for p in parameters), (f for f in frozen))
-        norms.append(
-            (
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0).item(),
-                math.sqrt(sum(g * g for g in free)),
-            )
-        )
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        norms.append((norm, math.sqrt(sum(g * g for g in free))))
         optimizer.step()
-        loop = max(
-            abs(x - y)
-            for p, a, f in zip(parameters, anchor, frozen)
-            for x, y, is_frozen in zip(
-                p.flatten().tolist(), a.flatten().tolist(), f.flatten().tolist()
-            )
-            if is_frozen
-        )
-        after = freeze.restore_frozen if mode == "strict" else freeze.largest_movement
-        movements.append(
-            (after((p.detach() for p in parameters), (f for f in frozen), anchor), loop)
-        )
+        pairs = zip(entries(parameters, frozen), entries(anchor, frozen))
+        by_loop = max(abs(x - y) for x, y in pairs)
+        after = freeze.restore_frozen if strict else freeze.largest_movement
+        moved = after((p.detach() for p in parameters), (f for f in frozen), anchor)
+        movements.append((moved, by_loop))
     return parameters, frozen, anchor, norms, movements
 
 
-def pure_same_bits(parameters, frozen, anchor):
+def same_bits(parameters, frozen, anchor):
     return all(
         torch.equal(p.detach().view(torch.int32)[f], a.view(torch.int32)[f])
-        for p, a, f in zip(parameters, anchor, frozen)
+        for p, f, a in zip(parameters, frozen, anchor)
     )
 
 
 def test_frozen_entries_stay_bit_for_bit_under_warm_moments_and_weight_decay():
-    parameters, frozen, anchor, norms, movements = pure_training(5, "strict")
-    assert pure_same_bits(parameters, frozen, anchor)
-    assert all(
-        (p.detach() != a)[~f].all() for p, a, f in zip(parameters, anchor, frozen)
-    )  # and all others move
+    parameters, frozen, anchor, norms, movements = frozen_training(5, strict=True)
+    assert same_bits(parameters, frozen, anchor)
+    for p, f, a in zip(parameters, frozen, anchor):
+        assert (p.detach() != a)[~f].all()  # and all others move
     for norm, free in norms:
         assert norm == pytest.approx(free, rel=1e-5)  # the norm is that of the free entries alone
-    for moved, loop in movements:
-        assert moved == pytest.approx(loop, rel=1e-4) and moved > 1e-4  # what restoring has undone
+    for moved, by_loop in movements:
+        assert moved == pytest.approx(by_loop, rel=1e-4) and moved > 1e-4  # what was undone
 
 
 def test_a_frozen_gradient_that_is_not_finite_is_noticed():
@@ -1095,59 +1133,56 @@ def test_a_frozen_gradient_that_is_not_finite_is_noticed():
     assert gradient[:2].isnan().all() and gradient[2:].tolist() == [0.0, 4.0]
 
 
+def test_a_frozen_parameter_without_gradient_is_passed_over():
+    gradient, frozen = torch.ones(3), torch.tensor([True, False, True])
+    freeze.zero_frozen_gradients([None, gradient], [torch.ones(2).bool(), frozen])
+    assert gradient.tolist() == [0.0, 1.0, 0.0]
+
+
 def test_zero_gradients_alone_leak():
-    parameters, frozen, anchor, _, movements = pure_training(5, "zero-grad-only")
-    assert not pure_same_bits(parameters, frozen, anchor)
-    for moved, loop in movements:
-        assert moved == pytest.approx(loop, rel=1e-4) and moved > 1e-4
+    parameters, frozen, anchor, _, movements = frozen_training(5, strict=False)
+    assert not same_bits(parameters, frozen, anchor)
+    for moved, by_loop in movements:
+        assert moved == pytest.approx(by_loop, rel=1e-4) and moved > 1e-4
     assert movements[-1][0] > movements[0][0]
     # with neither moments nor weight decay there is nothing to leak
-    parameters, frozen, anchor, _, movements = pure_training(
-        5, "zero-grad-only", weight_decay=0.0, warm=0
-    )
-    assert pure_same_bits(parameters, frozen, anchor) and {moved for moved, _ in movements} == {0.0}
+    cold = frozen_training(5, strict=False, weight_decay=0.0, warm=0)
+    parameters, frozen, anchor, _, movements = cold
+    assert same_bits(parameters, frozen, anchor)
+    assert {moved for moved, _ in movements} == {0.0}
 
 
 def test_largest_movement_looks_at_frozen_entries_only():
-    p, a = (
-        [torch.tensor([1.0, 2.0]), torch.tensor([5.0])],
-        [torch.tensor([1.0, 2.5]), torch.tensor([-4.0])],
-    )
-    none = [torch.zeros(2, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)]
+    p = [torch.tensor([1.0, 2.0]), torch.tensor([5.0]), torch.tensor([1.0])]
+    a = [torch.tensor([1.0, 2.5]), torch.tensor([-4.0]), torch.tensor([1.0])]
+    masks = lambda *rows: [torch.tensor(row, dtype=torch.bool) for row in rows]
+    none = masks([0, 0], [0], [0])
     assert freeze.largest_movement(p, none, a) == 0.0 == freeze.restore_frozen(p, none, a)
-    assert freeze.largest_movement(p, [torch.tensor([True, True]), none[1]], a) == 0.5
-    assert freeze.largest_movement(p, [torch.tensor([True, False]), torch.tensor([True])], a) == 9.0
-    assert p[0].tolist() == [1.0, 2.0] and p[1].tolist() == [5.0]
-    assert freeze.restore_frozen(p, [torch.tensor([False, True]), none[1]], a) == 0.5
-    assert p[0].tolist() == [1.0, 2.5] and p[1].tolist() == [5.0]
+    assert freeze.largest_movement(p, masks([1, 1], [0], [1]), a) == 0.5
+    assert freeze.largest_movement(p, masks([1, 0], [1], [1]), a) == 9.0
+    assert [t.tolist() for t in p] == [[1.0, 2.0], [5.0], [1.0]]
+    assert freeze.restore_frozen(p, masks([0, 1], [0], [1]), a) == 0.5
+    assert [t.tolist() for t in p] == [[1.0, 2.5], [5.0], [1.0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
-@pytest.mark.parametrize(
-    "pad_id", [0, 7, 9]
-)  # 7: also the end-of-text token of every response; 9: also an ordinary token
+# 7: also the end-of-text token of every response; 9: also an ordinary token
+@pytest.mark.parametrize("pad_id", [0, 7, 9])
 def test_collate(pad_id):
-    rows = [
-        ([1, 2, 3], [4, 5, 7]),
-        ([9], [7]),
-        ([1, 2, 3, 4, 5, 6], [7]),
-        ([8, 7], [9, 7, 7, 9, 7]),
-    ]
-    values = [[-0.1, -0.2, -0.3], [-1.0], None, [-5.0, -6.0, -7.0, -8.0, -9.0]]
+    rows = [([1, 2, 3], [4, 5, 7]), ([9], [7]), ([1, 2, 3, 4, 5, 6], [7]), ([8, 7], [9, 7, 7, 9])]
+    values = [[-0.1, -0.2, -0.3], [-1.0], None, [-5.0, -6.0, -7.0, -8.0]]
     batch = data.collate(rows, pad_id, behavior=values)
     assert set(batch) == {"tokens", "mask", "behavior"}
-    assert batch["tokens"].shape == (4, 7) and batch["mask"].shape == batch["behavior"].shape == (
-        4,
-        6,
-    )
-    assert (batch["tokens"].dtype, batch["mask"].dtype, batch["behavior"].dtype) == (
-        torch.int64,
-        torch.bool,
-        torch.float32,
-    )
+    assert {key: tuple(t.shape) for key, t in batch.items()} == {
+        "tokens": (4, 7),
+        "mask": (4, 6),
+        "behavior": (4, 6),
+    }
+    assert batch["tokens"].dtype == torch.int64
+    assert batch["mask"].dtype == torch.bool and batch["behavior"].dtype == torch.float32
     for i, (prompt, response) in enumerate(rows):
         whole = prompt + response
         assert batch["tokens"][i].tolist() == whole + [pad_id] * (7 - len(whole))
@@ -1159,17 +1194,13 @@ def test_collate(pad_id):
             assert batch["behavior"][i, t].item() == pytest.approx(right)
         assert batch["tokens"][i, 1:][batch["mask"][i]].tolist() == response
     plain = data.collate(rows[1:2], pad_id)
-    assert (
-        set(plain) == {"tokens", "mask"}
-        and plain["tokens"].tolist() == [[9, 7]]
-        and plain["mask"].tolist() == [[True]]
-    )
+    assert {key: t.tolist() for key, t in plain.items()} == {"tokens": [[9, 7]], "mask": [[True]]}
 
 
-def pure_packed(lengths, budget, world):
+def packed(lengths, budget, world):
     """pack's result, after the checks that hold for every input."""
     parts = data.pack(lengths, budget, world)
-    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))  # every row once
+    assert sorted(itertools.chain(*parts)) == list(range(len(lengths)))  # every row once
     assert len(parts) % world == 0 and len(parts) > 0
     for part in parts:
         assert len(part) <= 1 or len(part) * max(lengths[i] for i in part) <= budget
@@ -1182,14 +1213,16 @@ def test_pack_on_log_normal_lengths(world):
     for seed in range(3):
         rng = random.Random(seed)
         lengths = [max(16, min(8192, round(rng.lognormvariate(7.3, 0.8)))) for _ in range(512)]
-        parts = pure_packed(lengths, 32768, world)
+        parts = packed(lengths, 32768, world)
         padded = [len(part) * max((lengths[i] for i in part), default=0) for part in parts]
         assert 1 - sum(lengths) / sum(padded) <= 0.05
-        # All ranks wait for the largest micro-batch of a round, so rounds should be even: what is waited for is little.
+        # All ranks wait for the largest micro-batch of a round, so rounds should be even: what is
+        # waited for is little.
         rounds = [padded[i : i + world] for i in range(0, len(padded), world)]
         assert sum(max(r) * world for r in rounds) / sum(padded) <= 1.12
         assert max(padded) / (sum(padded) / len(padded)) <= 1.12
-        # Few: as many as sorted rows need that fill each micro-batch as far as the budget goes, rounded up.
+        # Few: as many as sorted rows need that fill each micro-batch as far as the budget goes,
+        # rounded up.
         needed = size = longest = 0
         for length in sorted(lengths, reverse=True):
             if size == 0 or longest * (size + 1) > 32768:
@@ -1202,20 +1235,19 @@ def test_pack_on_small_and_odd_inputs():
     rng = random.Random(0)
     for _ in range(300):
         lengths = [rng.randrange(1, rng.choice([3, 20, 90])) for _ in range(rng.randrange(0, 30))]
-        pure_packed(lengths, rng.choice([1, 10, 50, 1000]), rng.choice([1, 2, 3, 8]))
-    assert pure_packed([], 100, 3) == [[], [], []]
-    parts = pure_packed([5, 9], 100, 4)  # fewer rows than ranks: each alone, the others empty
-    assert sorted(map(len, parts)) == [0, 0, 1, 1]
-    assert sorted(map(len, pure_packed([50] * 10, 1000, 2))) == [
-        5,
-        5,
-    ]  # both ranks work although one micro-batch could hold all
-    parts = pure_packed([500, 10, 10, 700, 10], 100, 1)  # longer than the budget: alone
-    assert sorted(parts, key=len) == [[3], [0], [1, 2, 4]]
-    assert [
-        max(lengths)
-        for lengths in ([[8, 3, 5, 1][i] for i in part] for part in pure_packed([8, 3, 5, 1], 8, 1))
-    ] == [8, 5, 3]
+        packed(lengths, rng.choice([1, 10, 50, 1000]), rng.choice([1, 2, 3, 8]))
+    assert packed([], 100, 3) == [[], [], []]
+    # fewer rows than ranks: each alone, the others empty
+    assert sorted(map(len, packed([5, 9], 100, 4))) == [0, 0, 1, 1]
+    # both ranks work although one micro-batch could hold all
+    assert sorted(map(len, packed([50] * 10, 1000, 2))) == [5, 5]
+    # longer than the budget: alone
+    assert sorted(packed([500, 10, 10, 700, 10], 100, 1), key=len) == [[3], [0], [1, 2, 4]]
+    # exactly the budget fits
+    assert packed([4, 4], 8, 1) == [[0, 1]]
+    lengths = [8, 3, 5, 1]
+    longest = [max(lengths[i] for i in part) for part in packed(lengths, 8, 1)]
+    assert longest == [8, 5, 3]
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
@@ -1225,15 +1257,14 @@ def test_draw_is_a_stream_of_permutations_however_it_is_cut(length):
     passes = [whole[i : i + length] for i in range(0, 4 * length, length)]
     assert all(sorted(p) == list(range(length)) for p in passes)
     for size in (1, 2, 5, length, 2 * length + 1):
-        cut = [
-            place
-            for start in range(0, len(whole), size)
-            for place in data.draw(length, 5, start, min(size, len(whole) - start))
-        ]
+        cut = []
+        for start in range(0, len(whole), size):
+            cut += data.draw(length, 5, start, min(size, len(whole) - start))
         assert cut == whole
     if length == 64:
-        assert len({tuple(p) for p in passes}) == 4 and passes[0] != data.draw(length, 6, 0, length)
-        assert passes[0] != sorted(passes[0])
+        assert len({tuple(p) for p in passes}) == 4 and passes[0] != sorted(passes[0])
+        others = {tuple(data.draw(length, seed, 0, length)) for seed in range(20)}
+        assert len(others) == 20 and data.draw(length, 6, 0, length) != passes[1]
 
 
 def test_draw_leaves_the_global_generator_alone():
@@ -1242,7 +1273,7 @@ def test_draw_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The embedded task
 
 
@@ -1252,11 +1283,8 @@ def test_chain_works_its_answer_out_rightly(expert):
     for i in range(600):
         terms = 2 + i % 7
         question, work, result = data.chain(rng, terms, expert)
-        assert (
-            question[-1] == "?"
-            and question[:2].isdigit()
-            and len(question) == 2 + 2 * (terms - 1) + 1
-        )
+        assert question[-1] == "?" and question[:2].isdigit()
+        assert len(question) == 2 + 2 * (terms - 1) + 1
         value, steps = int(question[:2]), []
         first.add(value)
         for k in range(terms - 1):
@@ -1268,14 +1296,14 @@ def test_chain_works_its_answer_out_rightly(expert):
             value = after
         assert work == "".join(steps) + f"[{value:02d}]" and result == f"{value:02d}"
     assert len(first) > 90
-    assert (
-        data.chain(random.Random(3), 5, expert)[0] == data.chain(random.Random(3), 5, not expert)[0]
-    )  # style alone differs
+    question, other = (data.chain(random.Random(3), 5, style)[0] for style in (expert, not expert))
+    assert question == other  # style alone differs
 
 
 def test_embedded_tokenizer_round_trip(tmp_path):
     tokenizer = data.embedded_tokenizer()
-    assert len(tokenizer) == 27 and tokenizer.eos_token_id != tokenizer.pad_token_id
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert len(tokenizer) == 27 and end != pad
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
     rng = random.Random(2)
@@ -1283,16 +1311,9 @@ def test_embedded_tokenizer_round_trip(tmp_path):
         question, work, _ = data.chain(rng, 2 + i % 7, i % 2 == 0)
         for text in (question, work, question + work):
             ids = tokenizer.encode(text)
-            assert (
-                len(ids) == len(text)
-                and None not in ids
-                and not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
-            )
-            assert (
-                tokenizer.decode(ids)
-                == text
-                == tokenizer.decode(ids + [tokenizer.eos_token_id], skip_special_tokens=True)
-            )
+            assert len(ids) == len(text) and None not in ids and not {end, pad} & set(ids)
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.decode([*ids, end], skip_special_tokens=True) == text
             assert loaded.encode(text) == ids and loaded.decode(ids) == text
 
 
@@ -1301,30 +1322,90 @@ def test_embedded_questions_and_what_training_and_evaluation_share():
     train = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
     held_out = evaluation.load_questions("chain", tokenizer, None, "")
     assert train[:300] == data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 300)
-    assert len({q.id for q in train}) == 5000 and not {q.id for q in train} & {
-        q.id for q in held_out
-    }
+    ids = {q.id for q in train}
+    assert len(ids) == 5000 and not ids & {q.id for q in held_out}
     for i, question in enumerate(train[:200]):
-        text, work = (
-            tokenizer.decode(question.prompt),
-            tokenizer.decode(question.demonstration[:-1]),
-        )
+        text = tokenizer.decode(question.prompt)
+        work = tokenizer.decode(question.demonstration[:-1])
         assert question.demonstration[-1] == tokenizer.eos_token_id and question.kind == "chain"
         assert work.startswith("<" + text[:4]) and work.endswith(f"[{question.answer}]")
-        assert (
-            question.level
-            == str(data.TRAIN_TERMS[i % len(data.TRAIN_TERMS)])
-            == str(len(text) // 2)
-        )
+        terms = data.TRAIN_TERMS[i % len(data.TRAIN_TERMS)]
+        assert question.level == str(terms) == str(len(text) // 2)
     prompts = {tuple(q.prompt) for q in train}
     assert not any(tuple(question.prompt) in prompts for question in held_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Which sampler
+
+
+@pytest.fixture
+def x86_without_gpu(monkeypatch):
+    """Linux on an x86 processor, vLLM installed but not yet imported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(rollout.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: object())
+    for name in list(sys.modules):
+        if name == "vllm" or name.startswith("vllm."):
+            monkeypatch.delitem(sys.modules, name)
+
+
+class FailingImport:
+    """First among the importers; fails as a library does that this machine cannot load."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "vllm":
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError])
+def test_an_import_of_vllm_that_fails_is_the_reason(x86_without_gpu, monkeypatch, error):
+    raised = error("libnuma.so.1: cannot open shared object file\nsecond line")
+    monkeypatch.setattr(sys, "meta_path", [FailingImport(raised), *sys.meta_path])
+    monkeypatch.setattr(rollout, "_cpu_flags", lambda: {"fpu", "avx2"})
+    problem = rollout.vllm_problem()
+    assert error.__name__ in problem and "libnuma.so.1" in problem and "second" not in problem
+    monkeypatch.setattr(rollout, "TorchSampler", lambda **given: types.SimpleNamespace(**given))
+    settings = dict(max_len=8, dtype=torch.float32, eos_ids=[1])
+    sampler = rollout.make_sampler("auto", "model", **settings)
+    assert sampler.why == problem and sampler.model_dir == "model"
+    assert rollout.make_sampler("torch", "model", **settings).why == "asked for"
+    with pytest.raises(ValueError, match="libnuma"):
+        rollout.make_sampler("vllm", "model", **settings)
+
+
+def test_without_avx2_vllm_is_not_even_imported(x86_without_gpu, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [FailingImport(OSError("killed")), *sys.meta_path])
+    monkeypatch.setattr(rollout, "_cpu_flags", lambda: {"fpu", "sse4_2", "avx"})
+    problem = rollout.vllm_problem()
+    assert "AVX2" in problem and "killed" not in problem
+    monkeypatch.setattr(rollout.platform, "machine", lambda: "aarch64")  # knows no AVX at all
+    assert "AVX2" not in rollout.vllm_problem()
+    monkeypatch.setattr(rollout.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the CUDA build needs none
+    assert "AVX2" not in rollout.vllm_problem()
+
+
+def test_the_processors_instruction_sets_are_those_that_linux_names(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor\t: 0\nvmx flags\t: tsc\nflags\t\t: fpu avx avx2\n\nprocessor: 1\n"
+    )
+    monkeypatch.setattr(rollout, "Path", lambda name: {"/proc/cpuinfo": cpuinfo}[name])
+    assert rollout._cpu_flags() == {"fpu", "avx", "avx2"}
+    cpuinfo.unlink()
+    assert rollout._cpu_flags() == set()
+
+
+# --------------------------------------------------------------------------------------------------
 # The sampler's choice of a token
 
 
-def pure_nucleus(logits, temperature, top_p):
+def nucleus(logits, temperature, top_p):
     """{token: probability} of what top-p leaves, renormalised, by a loop."""
     weights = [math.exp((x - max(logits)) / temperature) for x in logits]
     probs = [w / sum(weights) for w in weights]
@@ -1334,42 +1415,50 @@ def pure_nucleus(logits, temperature, top_p):
             break
         kept.append(token)
         reached += probs[token]
-    return {token: probs[token] / sum(probs[k] for k in kept) for token in kept}
+    return {token: probs[token] / reached for token in kept}
 
 
-@pytest.mark.parametrize(
-    "temperature, top_p",
-    [(1.0, 1.0), (0.6, 1.0), (1.7, 1.0), (1.0, 0.9), (0.6, 0.5), (1.0, 1e-6), (2.0, 0.999)],
-)
+# fmt: off
+TEMPERATURES_AND_TOP_P = [(1.0, 1.0), (0.6, 1.0), (1.7, 1.0), (1.0, 0.9), (0.6, 0.5), (1.0, 1e-6),
+                          (2.0, 0.999)]
+# fmt: on
+
+
+@pytest.mark.parametrize("temperature, top_p", TEMPERATURES_AND_TOP_P)
 def test_pick_follows_the_softmax_of_its_nucleus(temperature, top_p):
-    size, logits = 20000, pure_rand(3, 24, seed=11, dtype=torch.float32, scale=1.5)
+    size, logits = 20000, randn(3, 24, seed=11, dtype=torch.float32, scale=1.5)
     noise = (torch.arange(size) + 0.5) / size  # an even grid: counts can be off by rounding only
     for row in logits:
-        expected = pure_nucleus(row.tolist(), temperature, top_p)
+        expected = nucleus(row.tolist(), temperature, top_p)
         tokens, logprobs = rollout.pick(row.expand(size, -1), temperature, top_p, noise)
         counts = torch.bincount(tokens, minlength=24).tolist()
         assert set(tokens.tolist()) <= set(expected)
         for token in range(24):
             assert abs(counts[token] - size * expected.get(token, 0.0)) <= 1.5, token
-        assert logprobs.tolist() == pytest.approx(
-            [math.log(expected[t]) for t in tokens.tolist()], abs=1e-5
-        )
+        right = [math.log(expected[token]) for token in tokens.tolist()]
+        assert logprobs.tolist() == pytest.approx(right, abs=1e-5)
 
 
 def test_pick_by_independent_noise_passes_a_chi_square_test():
-    logits = pure_rand(12, seed=12, dtype=torch.float32)
+    logits = randn(12, seed=12, dtype=torch.float32)
     noise = torch.rand(50000, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(
-        rollout.pick(logits.expand(50000, -1), 0.8, 1.0, noise)[0], minlength=12
-    )
-    expected = 50000 * torch.tensor([pure_nucleus(logits.tolist(), 0.8, 1.0)[t] for t in range(12)])
-    assert (
-        (counts - expected) ** 2 / expected
-    ).sum().item() < 31.3  # 11 degrees of freedom: exceeded once in a thousand
+    tokens, _ = rollout.pick(logits.expand(50000, -1), 0.8, 1.0, noise)
+    counts = torch.bincount(tokens, minlength=12)
+    probs = nucleus(logits.tolist(), 0.8, 1.0)
+    expected = 50000 * torch.tensor([probs[token] for token in range(12)])
+    # 11 degrees of freedom: exceeded once in a thousand
+    assert ((counts - expected) ** 2 / expected).sum().item() < 31.3
+
+
+def test_pick_inverts_the_cumulated_distribution():
+    """Small noise takes the first tokens of the vocabulary, large noise the last."""
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(6, -1)
+    noise = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 0.999])
+    assert rollout.pick(logits, 1.0, 1.0, noise)[0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_pick_rows_are_independent_and_never_impossible():
-    logits = pure_rand(5, 9, seed=13, dtype=torch.float32)
+    logits = randn(5, 9, seed=13, dtype=torch.float32)
     logits[:, [0, 4, 8]] = -math.inf  # the first, one within, the last
     for noise in (0.0, 0.3, 1 - 2**-24):  # the ends of torch.rand's range
         for top_p in (1.0, 0.8):
@@ -1379,17 +1468,21 @@ def test_pick_rows_are_independent_and_never_impossible():
     tokens, logprobs = rollout.pick(logits, 0.9, 0.8, noise)
     for i in range(5):
         token, logprob = rollout.pick(logits[i : i + 1], 0.9, 0.8, noise[i : i + 1])
-        assert token.item() == tokens[i].item() and logprob.item() == pytest.approx(
-            logprobs[i].item(), abs=1e-6
-        )
+        assert token.item() == tokens[i].item()
+        assert logprob.item() == pytest.approx(logprobs[i].item(), abs=1e-6)
+
+
+def test_pick_of_logits_that_are_not_numbers_stays_in_the_vocabulary():
+    tokens, logprobs = rollout.pick(torch.full((2, 5), math.nan), 1.0, 1.0, torch.rand(2))
+    assert set(tokens.tolist()) <= set(range(5)) and logprobs.isnan().all()
 
 
 def test_pick_at_temperature_zero_is_greedy():
-    logits = pure_rand(6, 9, seed=14, dtype=torch.float32)
+    logits = randn(6, 9, seed=14, dtype=torch.float32)
     tokens, logprobs = rollout.pick(logits, 0, 0.5, torch.rand(6))
     for row, token, logprob in zip(logits.tolist(), tokens.tolist(), logprobs.tolist()):
         assert token == max(range(9), key=row.__getitem__)
-        assert logprob == pytest.approx(math.log(pure_nucleus(row, 1.0, 1.0)[token]), abs=1e-5)
+        assert logprob == pytest.approx(math.log(nucleus(row, 1.0, 1.0)[token]), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2750,68 +2843,72 @@ def test_eval_worker_imports_neither_torch_nor_numpy():
     assert eval_run("-c", code).returncode == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores
 
 
-def test_eval_pass_at_k_is_the_mean_over_all_subsets():
+def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 8):
         for c in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
-                assert evaluation.pass_at_k(n, c, k) == pytest.approx(
-                    sum(map(max, subsets)) / len(subsets), abs=1e-12
-                )
+                expected = sum(map(max, subsets)) / len(subsets)
+                assert evaluation.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
     assert [round(evaluation.pass_at_k(8, c, 4), 6) for c in (0, 1, 4, 8)] == [0, 0.5, 0.985714, 1]
     for wrong in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)):
         with pytest.raises(ValueError):
             evaluation.pass_at_k(*wrong)
 
 
-def test_eval_bootstrap_interval():
+def test_avg_at_k_brackets_the_mean_as_the_normal_approximation_does():
     rng = random.Random(0)
     scores = [rng.random() < 0.3 for _ in range(400)]
     mean, low, high = evaluation.avg_at_k(scores)
     assert (mean, low, high) == evaluation.avg_at_k(scores)
-    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5  # the normal approximation
+    half = 1.96 * (mean * (1 - mean) / 400) ** 0.5
     assert mean == pytest.approx(sum(scores) / 400)
-    assert low == pytest.approx(mean - half, abs=0.01) and high == pytest.approx(
-        mean + half, abs=0.01
-    )
+    assert low == pytest.approx(mean - half, abs=0.01)
+    assert high == pytest.approx(mean + half, abs=0.01)
     assert evaluation.avg_at_k([0.5] * 3) == (0.5, 0.5, 0.5)
 
 
-class EvalSampler:
+class SeedSampler:
     """Answers `[seed % 10]`, so that what is sampled shows the seed."""
 
     def sample(self, prompts, n, seeds, max_tokens, temperature, top_p=1.0):
-        from rollout import Sample
+        groups = []
+        for seed in seeds:
+            samples = [rollout.Sample([(seed + j) % 10], [0.0], truncated=j == 0) for j in range(n)]
+            groups.append(samples)
+        return groups
 
-        return [[Sample([(seed + j) % 10], [0.0], j == 0) for j in range(n)] for seed in seeds]
 
+def test_evaluate_does_not_depend_on_order_or_world():
+    questions = []
+    for i in range(23):
+        questions.append(data.Question(f"q/{i}", [1], str(i % 10), None, str(i % 2), "chain"))
+    detokenize = lambda tokens: f"[{tokens[0]}]"
 
-def test_eval_evaluate_does_not_depend_on_order_or_world():
-    questions = [
-        data.Question(f"q/{i}", [1], str(i % 10), None, str(i % 2), "chain") for i in range(23)
-    ]
-    run = lambda qs, rank=0, world=1, seed=5: evaluation.evaluate(
-        EvalSampler(), qs, checker, 4, 1.0, 8, seed, lambda tokens: f"[{tokens[0]}]", rank, world
-    )
+    def run(questions, rank=0, world=1, seed=5):
+        rows = evaluation.evaluate(
+            SeedSampler(), questions, checker, 4, 1.0, 8, seed, detokenize, rank, world
+        )
+        return {row["id"]: row for row in rows}
+
     with evaluation.Checker() as checker:
-        whole = {row["id"]: row for row in run(questions)}
-        parts = {row["id"]: row for rank in range(3) for row in run(questions[::-1], rank, 3)}
+        whole = run(questions)
+        parts = {}
+        for rank in range(3):
+            parts |= run(questions[::-1], rank, 3)
         assert whole == parts and len(whole) == 23
-        assert whole != {row["id"]: row for row in run(questions, seed=6)}
+        assert whole != run(questions, seed=6)
     summary = evaluation.summarize(list(whole.values()))
     correct = [row["verdict"].count("correct") for row in whole.values()]
     assert summary["rows"] == 23 and summary["k"] == 4 and list(summary["pass"]) == [1, 2, 4]
     assert summary["avg"] == pytest.approx(sum(correct) / 92) == pytest.approx(summary["pass"][1])
     assert summary["pass"][4] == pytest.approx(sum(c > 0 for c in correct) / 23)
-    assert (
-        summary["truncated"] == 0.25
-        and summary["length"] == 1
-        and summary["correct"] + summary["wrong"] == 1
-    )
+    assert summary["truncated"] == 0.25 and summary["length"] == 1
+    assert summary["correct"] + summary["wrong"] == 1
     assert {level: v["rows"] for level, v in summary["levels"].items()} == {"0": 12, "1": 11}
     text = evaluation.table({"amc": summary})
     assert "warning: amc has 23 rows, not the 83" in text and "pass@4" in text

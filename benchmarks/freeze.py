@@ -1,8 +1,11 @@
-"""What MIFO's freezing costs per SFT phase: time against one RL step's training, memory a parameter, and bytes communicated.
+"""What MIFO's freezing costs in an SFT phase.
+
+Time against one RL step's training, memory a parameter, and bytes communicated:
 
     OMP_NUM_THREADS=1 python benchmarks/freeze.py [--rows 64] [--sft-steps 1]
 
-Time does not depend on the tokens, an RL step's does: --rows (responses of about 200 tokens) says against what it is held.
+Its time does not depend on the tokens, an RL step's does: --rows (responses of about 200 tokens)
+says against what it is held.
 """
 
 import argparse
@@ -49,20 +52,21 @@ def main() -> None:
         return reduce(tensor, **options)
 
     reduce, dist.all_reduce = dist.all_reduce, counted
-    timed(mifo, "begin_sft_phase")
+    timed(mifo, "begin_sft")
     timed(mifo.freeze, "zero_frozen_gradients")
     timed(mifo.freeze, "restore_frozen")
     with tempfile.TemporaryDirectory() as folder:
         step.make_model(folder)
         rows = step.rows(args.rows)
         run = step.our_run(folder, rows, "--micro-tokens", 4096, "--sft-batch", 2)
-        run.state.sft_queue, phases, updates, samples = [], [], [], step.responses(run, rows)
+        samples = step.responses(run, rows)
+        run.state.sft_queue, phases, updates = [], [], []
         for _ in range(args.rounds):
             start = time.perf_counter()
             mifo.rl_update(run, samples)
             updates.append(time.perf_counter() - start)
             seconds["freeze"], sent = 0.0, 0
-            mifo.begin_sft_phase(run, list(range(2 * args.sft_steps)))
+            mifo.begin_sft(run, list(range(2 * args.sft_steps)))
             while run.state.sft_queue:
                 mifo.sft_step(run)
             phases.append(seconds["freeze"])
@@ -71,13 +75,11 @@ def main() -> None:
     phase, update = statistics.median(phases), statistics.median(updates)
     tokens = sum(len(p) + len(r) for p, r, _ in rows)
     print(f"{n:,} parameters; RL step of {tokens:,} tokens; {args.sft_steps} SFT steps a phase")
-    print(
-        f"time of a phase      {phase:8.3f} s of {update:.2f} s: {phase / update:.1%}   target: at most 5 %"
-    )
-    print(
-        f"memory               {held / n:8.1f} B a parameter, in host memory by --offload-importance   target: at most 6"
-    )
-    print(f"communicated         {sent / 2**20:8.2f} MiB a phase   target: at most 1 MB (0.95 MiB)")
+    share = phase / update
+    print(f"time of a phase  {phase:8.3f} s of {update:.2f} s: {share:.1%}; target: at most 5 %")
+    print(f"memory           {held / n:8.1f} B a parameter; target: at most 6")
+    print("                 (in host memory by --offload-importance)")
+    print(f"communicated     {sent / 2**20:8.2f} MiB a phase; target: at most 1 MB (0.95 MiB)")
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,0 +1,293 @@
+"""Would a test notice? One line is broken at a time, and the tests that concern it must fail.
+
+    python benchmarks/mutants.py [--only FILE] [--list] [--jobs 2]
+
+Each mutant is applied to a copy of the tree, in which the tests that its group names then run. The
+survivors are printed last; there must be none. A mutant whose old text does not occur exactly once
+in its file is refused, and so is a group of tests that fails without any mutant.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 600  # seconds a run of tests may take; a mutant that hangs has been noticed
+
+# file -> groups of (what pytest -k takes, mutants); a mutant is the old text of a line and the new.
+# fmt: off
+MUTANTS = {
+    "losses.py": [
+        ("group_advantages", [
+            ("rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean(0, keepdim=True)"),
+            ("rewards - rewards.mean(1, keepdim=True)", "rewards.mean(1, keepdim=True) - rewards"),
+            ("rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
+            ("keepdim=True) + 1e-6)", "keepdim=True) + 1e-5)"),
+            ("    if normalize_std:", "    if not normalize_std:"),
+            ("return advantages.masked_fill(all_equal, 0.0)", "return advantages"),
+        ]),
+        ("grpo", [
+            ("ratio = (logprobs - old_logprobs)", "ratio = (old_logprobs - logprobs)"),
+            ("(logprobs - old_logprobs).masked_fill(~mask, 0.0)", "(logprobs - old_logprobs)"),
+            ("clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
+            ("clamp(1 - clip_low, 1 + clip_high)", "clamp(max=1 + clip_high)"),
+            ("gain = torch.minimum(", "gain = torch.maximum("),
+            ("torch.minimum(ratio * advantages, clipped * advantages)", "clipped * advantages"),
+            ("1 - clip_low) & (advantages < 0)", "1 - clip_low) & (advantages > 0)"),
+            ("1 + clip_high) & (advantages > 0)", "1 + clip_high) & (advantages >= 0)"),
+            ("rollout_logprobs is not None and tis_cap > 0:", "rollout_logprobs is not None:"),
+            ("(old_logprobs - rollout_logprobs)", "(rollout_logprobs - old_logprobs)"),
+            ("engine_ratio.clamp(max=tis_cap)", "engine_ratio.clamp(min=tis_cap)"),
+            ("engine_ratio.clamp(max=tis_cap).detach()", "engine_ratio.clamp(max=tis_cap)"),
+            ("(ref_logprobs - logprobs)", "(logprobs - ref_logprobs)"),
+            ("log_ratio.exp() - log_ratio - 1", "log_ratio.exp() - 1"),
+            ("gain = gain - kl_coef * kl", "gain = gain + kl_coef * kl"),
+            ("kl.detach().sum()", "kl.sum()"),
+            ("    if per_sequence:", "    if not per_sequence:"),
+            ("mask.sum(1, keepdim=True).clamp(min=1)", "mask.shape[1]"),
+            ("mask.sum(1, keepdim=True).clamp(min=1)", "mask.sum(1, keepdim=True)"),
+            ("return -(gain * weights).sum()", "return (gain * weights).sum()"),
+            ("return -(gain * weights).sum()", "return -gain.sum()"),
+            ("return -(gain * weights).sum()", "return -(gain * weights).mean()"),
+        ]),
+        ("top_entropy", [
+            ("math.ceil(rho * n - 1e-9)", "math.ceil(rho * n)"),
+            ("math.ceil(rho * n - 1e-9)", "math.floor(rho * n + 1e-9)"),
+            ("max(1, math.ceil(rho * n - 1e-9))", "math.ceil(rho * n - 1e-9)"),
+            ("return min(n, max(1, ", "return max(0, max(1, "),
+            ("for n in mask.sum(1).tolist()", "for n in [mask.shape[1]] * len(mask)"),
+            ("entropy.masked_fill(~mask, -math.inf)", "entropy.masked_fill(~mask, math.inf)"),
+            ("descending=True, stable=True", "descending=False, stable=True"),
+            ("entropy.sort(dim=1, descending=True, stable=True)", "entropy.flip(1).sort(dim=1)"),
+            ("rank = order.argsort(dim=1)", "rank = order"),
+            ("return rank < counts", "return rank <= counts"),
+            ("if not 0 < rho <= 1:", "if not 0 <= rho <= 1:"),
+        ]),
+        ("sft_loss", [
+            ("nll = -logprobs.masked_fill(~mask, 0.0)", "nll = logprobs.masked_fill(~mask, 0.0)"),
+            ("nll = -logprobs.masked_fill(~mask, 0.0)", "nll = -logprobs"),
+            ("nll = nll * weights", "nll = nll / weights"),
+            ("return nll.sum()", "return nll.mean()"),
+        ]),
+        ("pear", [
+            ("(logprobs - behavior_logprobs).detach()", "(behavior_logprobs - logprobs).detach()"),
+            ("(logprobs - behavior_logprobs).detach()", "logprobs - behavior_logprobs"),
+            ("d = d.clamp(*ratio_range)", "d = d.clamp(max=ratio_range[1])"),
+            ("    d = d.masked_fill(~mask, 0.0)", "    d = d.nan_to_num(0.0)"),
+            ("    n = mask.sum(1, keepdim=True)", "    n = (mask | True).sum(1, keepdim=True)"),
+            ("d.sum(1, keepdim=True).expand_as(d)", "d.flip(1).cumsum(1).flip(1)"),
+            ("torch.nn.functional.pad(d[:, 1:], (0, 1))", "d"),
+            ("shifted.flip(1).cumsum(1).flip(1)", "shifted.cumsum(1)"),
+            ("(n - t) * math.log(gamma) + suffix", "suffix"),
+            ("(n - t) * math.log(gamma) + suffix", "(n - t + 1) * math.log(gamma) + suffix"),
+            ("(n - t) * math.log(gamma) + suffix", "(t - n) * math.log(gamma) + suffix"),
+            ("torch.where(mask, t, 0)", "t"),
+            ("(t + block - 1) // block", "(t + block) // block"),
+            ("torch.minimum(block_number * block, n)", "torch.minimum(block_number, n)"),
+            ("(block_number * block, n)", "(block_number * block, t.amax())"),
+            ("clamp(*weight_range)", "clamp(max=weight_range[1])"),
+            ("log_weights.exp().masked_fill(~mask, 0.0)", "log_weights.exp()"),
+            ("gamma: float = 0.999,", "gamma: float = 0.99,"),
+            ("block: int = 4,", "block: int = 5,"),
+            ("= (-0.08, 0.3),", "= (-0.3, 0.08),"),
+            ("= (-10.0, 5.0),", "= (-5.0, 10.0),"),
+        ]),
+        ("token_logprobs", [
+            ("alpha=1 / temperature", "alpha=temperature"),
+            (".div_(temperature)", ""),
+            ("logits.gather(1, column) * inside", "logits.gather(1, column)"),
+            ("decay = (peak - higher).exp_()", "decay = (higher - peak).exp_()"),
+            ("total = total * decay +", "total = total +"),
+            ("moment = moment * decay +", "moment = moment +"),
+            ("            peak = higher", "            pass"),
+            ("(log_z - moment / total)", "(log_z + moment / total)"),
+            ("        ctx.mark_non_differentiable(entropy)", "        pass"),
+            ("return (picked - log_z)", "return (log_z - picked)"),
+            ("mul_(-grad)", "mul_(grad)"),
+            ("grad[:, None] / ctx.temperature", "grad[:, None]"),
+            ("scatter_add_(1, column, grad * inside)", "scatter_add_(1, column, grad)"),
+            ("grad_hidden.addmm_(d_logits,", "grad_hidden.addmm_(-d_logits,"),
+            ("grad_hidden += d_logits", "grad_hidden = d_logits"),
+            ("dtype=log_z.dtype)  # full", "dtype=hidden.dtype)  # full"),
+            ("column = targets[:, None] - start", "column = targets[:, None]"),
+            ("(column >= 0) & (column < width)", "(column > 0) & (column < width)"),
+            ("(column >= 0) & (column < width)", "(column >= 0) & (column <= width)"),
+        ]),
+    ],
+    "freeze.py": [
+        ("update_importance", [
+            ("c.mul_(alpha).add_(", "c.add_("),
+            ("c.mul_(alpha).add_(", "c.mul_(1 - alpha).add_("),
+            ("- old).abs_())", "- old))"),
+        ]),
+        ("topk_threshold and not ten_million", [
+            ("if not 0 < fraction <= 1:", "if not 0 <= fraction <= 1:"),
+            ("t.abs().flatten()", "t.flatten()"),
+            ("(cumulated <= index).sum()", "(cumulated < index).sum()"),
+            ("int(cumulated[higher_bins - 1])", "int(cumulated[higher_bins])"),
+            ("if higher_bins > 0:", "if higher_bins > 1:"),
+            ("len(counts) - 1 - higher_bins", "len(counts) - 2 - higher_bins"),
+            ("torch.where(bits > infinity,", "torch.where(bits >= infinity,"),
+            ("math.floor(fraction * n + 1e-9)", "math.floor(fraction * n)"),
+            ("math.floor(fraction * n + 1e-9)", "math.ceil(fraction * n)"),
+            ("    if k >= n:", "    if k > n:"),
+            ("find(upper, k)", "find(upper, k - 1)"),
+            ("bits[bits >> 16 == high] & 0xFFFF", "bits & 0xFFFF"),
+        ]),
+        ("topk_threshold and ten_million", [
+            ("dist.all_reduce(counts, group=group)", "pass"),
+        ]),
+        ("frozen or leak or freezing_example", [
+            ("g.mul_(~f)", "g.mul_(f)"),
+            ("g.mul_(~f)", "g.masked_fill_(f, 0.0)"),
+            ("        if g is not None:", "        if True:"),
+            ("torch.where(f, a.to(", "torch.where(~f, a.to("),
+            ("(held - p).abs_().max()", "(held - p).max()"),
+            ("torch.maximum(moved.to(p.device), (held", "torch.minimum(moved.to(p.device), (held"),
+            ("        if p.numel() > 0:", "        if True:"),
+            ("        if restore:", "        if not restore:"),
+            ("anchor, restore=True)", "anchor, restore=False)"),
+            ("anchor, restore=False)", "anchor, restore=True)"),
+        ]),
+        ("freezing_example", [  # the usage example is code, too
+            ("        update_importance(importance, anchor, parameters,", "        dict("),
+            ("zero_frozen_gradients((p.grad for p in parameters), frozen)", "pass"),
+            ("    restore_frozen(parameters, frozen, anchor)", "    pass"),
+            ("parameters]  # what SFT must not change", "parameters] and anchor"),
+            ("parameters]  # the weights before the next RL phase", "parameters] and anchor"),
+        ]),
+    ],
+    "data.py": [
+        ("test_draw", [
+            ("divmod(start + len(indices), length)", "divmod(start, length)"),
+            ("seed * 1_000_003 + epoch", "seed * 1_000_003"),
+            ("seed * 1_000_003 + epoch", "epoch"),
+            ("[first : first + count - len(indices)]", "[: count - len(indices)]"),
+        ]),
+        ("test_collate", [
+            ("torch.full((len(rows), width), pad_id)", "torch.full((len(rows), width), 0)"),
+            ("slice(len(prompt) - 1, length - 1)", "slice(len(prompt), length)"),
+            ("slice(len(prompt) - 1, length - 1)", "slice(0, length - 1)"),
+            ("slice(len(prompt) - 1, length - 1)", "slice(len(prompt) - 1, length)"),
+            ("torch.tensor(prompt + response)", "torch.tensor(response + prompt)"),
+            ("if values[i] is not None:", "if values[i] is None:"),
+        ]),
+        ("test_pack", [
+            ("index: (-lengths[index], index)", "index: (lengths[index], index)"),
+            ("* (len(parts[-1]) + 1) <= cap", "* len(parts[-1]) <= cap"),
+            ("* (len(parts[-1]) + 1) <= cap", "* (len(parts[-1]) + 1) < cap"),
+            ("math.ceil(needed / world) * world", "needed"),
+            ("max(len(cut(budget)), 1)", "len(cut(budget))"),
+        ]),
+    ],
+    "rollout.py": [
+        ("test_pick", [
+            ("(logits / temperature).log_softmax(-1)", "(logits * temperature).log_softmax(-1)"),
+            ("logits.argmax(-1)", "logits.argmin(-1)"),
+            ("logprobs.sort(dim=-1, descending=True)", "logprobs.sort(dim=-1)"),
+            ("probs.cumsum(-1) - probs >= top_p", "probs.cumsum(-1) >= top_p"),
+            ("torch.zeros_like(dropped).scatter_(1, order, dropped)", "dropped"),
+            ("(dropped, -torch.inf).log_softmax(-1)", "(dropped, -torch.inf)"),
+            ("noise * cdf[:, -1]", "1 - noise"),
+            ("right=True", "right=False"),
+            ("tokens.clamp(max=logits.shape[1] - 1)", "tokens"),
+        ]),
+    ],
+    "eval.py": [
+        ("pass_at_k", [
+            ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c and 1 <= k <= n):"),
+            ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c <= n and 0 <= k <= n):"),
+            ("1.0 - math.prod(", "math.prod("),
+            ("(n - c - i) / (n - i)", "(n - c) / (n - i)"),
+            ("(n - c - i) / (n - i)", "(n - c - i) / n"),
+            ("for i in range(k))", "for i in range(1, k))"),
+        ]),
+    ],
+}
+# fmt: on
+
+
+def copy_tree(folder: str) -> Path:
+    skipped = shutil.ignore_patterns(".git", "runs", "assets", "*.egg-info")
+    return Path(shutil.copytree(ROOT, Path(folder, "tree"), ignore=skipped))
+
+
+def run_tests(tree: Path, expression: str) -> str:
+    """passed, failed, or what went wrong with pytest itself."""
+    # fmt: off
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               "--assert=plain",  # half the time: no rewriting of the whole file
+               "test_mifo.py", "-k", expression]
+    # fmt: on
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    options = dict(cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    try:
+        done = subprocess.run(command, **options)
+    except subprocess.TimeoutExpired:
+        return "failed"
+    if done.returncode in (0, 1):
+        return "passed" if done.returncode == 0 else "failed"
+    return f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+
+
+def check(file: str, expression: str, old: str, new: str) -> tuple[str, str]:
+    """A line to print, and killed, survived or refused."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(folder)
+        text = (tree / file).read_text()
+        count = text.count(old)
+        if count != 1:
+            outcome, why = "refused", f"the old text occurs {count} times"
+        else:
+            (tree / file).write_text(text.replace(old, new))
+            result = run_tests(tree, expression)
+            outcome = {"passed": "survived", "failed": "killed"}.get(result, "refused")
+            why = f"{time.perf_counter() - start:.0f} s" if outcome != "refused" else result
+    return f"{outcome:8}  {file}: {old.strip()}  ->  {new.strip()}  ({why})", outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=MUTANTS, metavar="FILE", help=", ".join(MUTANTS))
+    parser.add_argument("--list", action="store_true", help="show the table and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
+    args = parser.parse_args()
+    mutants, expressions = [], []
+    for file in [args.only] if args.only else MUTANTS:
+        for expression, pairs in MUTANTS[file]:
+            expressions.append(f"({expression})")
+            mutants += [(file, expression, old, new) for old, new in pairs]
+    if args.list:
+        for file, expression, old, new in mutants:
+            print(f"{file}  [{expression}]  {old.strip()}  ->  {new.strip()}")
+        print(f"{len(mutants)} mutants")
+        return 0
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_tests(copy_tree(folder), " or ".join(expressions))
+    if result != "passed":
+        print(f"without a mutant the tests should pass, but: {result}")
+        return 1
+    survivors = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line, outcome in pool.map(lambda mutant: check(*mutant), mutants):
+            print(line, flush=True)
+            if outcome != "killed":
+                survivors.append(line)
+    print(f"\n{len(mutants)} mutants, {len(survivors)} not killed")
+    for line in survivors:
+        print(line)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

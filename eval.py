@@ -1265,8 +1265,8 @@ def fail(program: str, problem: object, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        error = {"message": message, "timestamp": int(time.time())}
-        Path(error_file).write_text(json.dumps(error))
+        error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
+        Path(error_file).write_text(json.dumps({"message": error}))
     return code
 
 

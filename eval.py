@@ -334,7 +334,7 @@ class Checker:
         """Ends the workers; a later check starts new ones."""
         for process in [self.idle.get() for _ in range(self.workers)]:
             if process:
-                end(process)
+                end_worker(process)
             self.idle.put(None)
 
     def check(self, responses: list[str], golds: list[str], kinds: list[str]) -> list[str]:
@@ -381,21 +381,22 @@ class Checker:
         return [verdicts.get(f, f) for f in found]
 
     def _ask(self, comparison: Comparison) -> str:
-        """An idle worker's verdict; if it does not come in time, the worker's end."""
-        process = self.idle.get()
+        """An idle worker's verdict. The worker ends with its answer if that takes too long."""
+        process, verdict = self.idle.get(), None
         try:
             if process and process.poll() is not None:  # it died while it was idle
-                end(process)
+                end_worker(process)
                 process = None
             process = process or start_worker(self.limit)
-            verdict = ask(process, comparison, self.limit)
-            if not verdict:
-                end(process)
-                late = verdict is None or process.returncode == -signal.SIGPROF
-                verdict, process = "timeout" if late else "error", None
-            return verdict
+            verdict = ask_worker(process, comparison, self.limit)
         finally:
-            self.idle.put(process)
+            if process and not verdict:
+                end_worker(process)
+            self.idle.put(process if verdict else None)
+        if not verdict:
+            late = verdict is None or process.returncode == -signal.SIGPROF
+            verdict = "timeout" if late else "error"
+        return verdict
 
 
 START_LIMIT = 120.0  # seconds for a worker's imports, about one on an idle machine
@@ -406,14 +407,14 @@ def start_worker(limit: float) -> subprocess.Popen:
     process = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True)
     os.set_blocking(process.stdin.fileno(), False)
     if not receive(process, START_LIMIT):
-        end(process)
+        end_worker(process)
         raise RuntimeError(
             "a worker that compares answers did not start; if it died, its message stands above"
         )
     return process
 
 
-def ask(process: subprocess.Popen, comparison: Comparison, limit: float) -> str | None:
+def ask_worker(process: subprocess.Popen, comparison: Comparison, limit: float) -> str | None:
     """The worker's verdict; None if it did not come within limit seconds, "" if the worker died."""
     unsent = memoryview(json.dumps(comparison).encode() + b"\n")
     try:
@@ -425,7 +426,7 @@ def ask(process: subprocess.Popen, comparison: Comparison, limit: float) -> str 
 
 
 def receive(process: subprocess.Popen, limit: float) -> str | None:
-    """The worker's next line; None and "" as in ask."""
+    """The worker's next line; None and "" as in ask_worker."""
     # Once more after the limit: where this process was held up itself, the verdict may be there.
     if ready(process.stdout, select.POLLIN, limit) or ready(process.stdout, select.POLLIN, 0):
         return os.read(process.stdout.fileno(), 100).decode().strip()
@@ -438,7 +439,7 @@ def ready(pipe, event: int, seconds: float) -> bool:
     return bool(poll.poll(1000 * seconds))
 
 
-def end(process: subprocess.Popen) -> None:
+def end_worker(process: subprocess.Popen) -> None:
     process.kill()
     process.wait()
     process.stdin.close()
@@ -485,10 +486,10 @@ def worker(limit: float) -> None:
         # Ends this process by SIGPROF, even within native code, on a busy machine no sooner, and
         # with the parent gone.
         signal.setitimer(signal.ITIMER_PROF, min(limit, CPU_LIMIT))
-        print(compare(*json.loads(line)), file=replies, flush=True)
+        print(compare_by_math_verify(*json.loads(line)), file=replies, flush=True)
 
 
-def compare(how: str, answer: str, gold: str) -> str:
+def compare_by_math_verify(how: str, answer: str, gold: str) -> str:
     """Math-Verify's verdict. how: boxed, any (the answer stands somewhere in the text), or gold
     (which must be understood to be correct)."""
     import math_verify

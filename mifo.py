@@ -1547,6 +1547,8 @@ def dry_run(cfg: Config) -> str:
     found = questions.report() if cfg.data else f"{len(questions)} questions"
     problem = "asked for" if cfg.sampler == "torch" else rollout.vllm_problem()
     template = "with" if tokenizer.chat_template else "without"
+    anywhere = cfg.extract == "any" and question.kind in ("math", "number")
+    place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
     return "\n".join(
         [
             f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of width "
@@ -1558,7 +1560,7 @@ def dry_run(cfg: Config) -> str:
             f"data       {cfg.data or 'the embedded task'}: {found}; {len(indices):,} with a "
             "demonstration",
             *(f"evaluate   {name}: {len(bench):,} questions" for name, bench in benches.items()),
-            f"answers    of kind {question.kind}: {answer_place(cfg, question.kind)}",
+            f"answers    of kind {question.kind}: looked for in {place}",
             "",
             f"the first question{' that has a demonstration' if indices else ''}: gold answer "
             f"{question.answer!r}, prompt of {len(question.prompt):,} tokens, response of "
@@ -1819,13 +1821,14 @@ def main() -> int:
         if found:
             load_checkpoint(run, newest_whole(run))
     except ValueError as error:
-        return fail(str(error), 2, all_ranks=False)
+        return evaluation.fail("mifo.py: error", error, 2)
     try:
         stop = run_to_end(run, found)
     except Stopped as error:
-        return fail(str(error), 1, all_ranks=False)
+        return evaluation.fail("mifo.py: error", error, 1)
     except OSError as error:  # of a rank's own
-        return fail(f"rank {run.rank}, step {run.state.step}: {error}", 1)
+        problem = f"rank {run.rank}, step {run.state.step}: {error}"
+        return evaluation.fail("mifo.py: error", problem, 1)
     last = checkpoints(cfg.out)[-1]
     if stop:
         name = signal.Signals(stop).name
@@ -1859,17 +1862,6 @@ def run_to_end(run: Run, resumed: bool) -> int:
     if run.rank == 0:
         plot(cfg.out)
     return stop
-
-
-def answer_place(cfg: Config, kind: str) -> str:
-    return evaluation.KINDS[kind].place
-
-
-def fail(message: str, code: int, all_ranks: bool = True) -> int:
-    """Says why the run ends, on stderr, and returns the exit code."""
-    if all_ranks or os.environ["RANK"] == "0":
-        print(f"mifo.py: error: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 import types
@@ -2341,74 +2342,51 @@ def test_data_gsm8k_and_math500(data_tok, tmp_path):
     assert len(check.asked_golds) == 129  # plain numbers and fractions are not parsed again
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checking answers
 
 
 @pytest.fixture(scope="module")
-def eval_checker():
+def checker():
     with evaluation.Checker(limit=20.0) as checker:
         yield checker
 
 
-def eval_real(name):
+def real_rows(name):
     path = ROOT.parent / "shared" / "data" / name
     if not path.exists():
         pytest.skip(f"../shared/data/{name} is not here")
     return [json.loads(line) for line in path.open()]
 
 
-def eval_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def eval_run(*args):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-
-
-EVAL_STUCK = r"\boxed{\int_0^{10^{7}} x^{x} dx}"  # costs whatever the limits allow
-# Gold answers of MATH-500 and GSM8K that Math-Verify cannot find equal to themselves: none.
-EVAL_EXCEPTIONS = set()
+def started(checker) -> list[subprocess.Popen]:
+    """The worker processes of a checker that is not at work."""
+    return [process for process in checker.idle.queue if process]
 
 
 @pytest.mark.parametrize("name, kind", [("math500.jsonl", "math"), ("gsm8k_test.jsonl", "number")])
-def test_eval_gold_answers_verify_against_themselves(eval_checker, name, kind):
-    golds = [row["answer"] for row in eval_real(name)]
-    verdicts = eval_checker.check_golds(golds, [kind] * len(golds))
-    assert {
-        gold for gold, verdict in zip(golds, verdicts) if verdict != "correct"
-    } == EVAL_EXCEPTIONS
+def test_gold_answers_verify_against_themselves(checker, name, kind):
+    golds = [row["answer"] for row in real_rows(name)]
+    assert checker.check_golds(golds, [kind] * len(golds)) == ["correct"] * len(golds)
 
 
-def test_eval_worked_solutions_are_correct():
-    rows = eval_real("math500.jsonl")
+def test_worked_solutions_are_correct():
+    rows = real_rows("math500.jsonl")
+    solutions, answers = [r["solution"] for r in rows], [r["answer"] for r in rows]
     with evaluation.Checker() as checker:
-        verdicts = checker.check(
-            [r["solution"] for r in rows], [r["answer"] for r in rows], ["math"] * len(rows)
-        )
+        verdicts = checker.check(solutions, answers, ["math"] * len(rows))
         assert verdicts == ["correct"] * len(rows)
-        golds = [r["answer"] for r in eval_real("gsm8k_test.jsonl")]
+        golds = [r["answer"] for r in real_rows("gsm8k_test.jsonl")]
         assert checker.check(golds, golds, ["number"] * len(golds)) == ["correct"] * len(golds)
-        assert checker.pool == []  # plain equality starts no worker
+        assert not started(checker)  # plain equality needs no worker
 
 
-def test_eval_rewritten_answers_go_through_math_verify(eval_checker):
-    rows = [r for r in eval_real("math500.jsonl") if r["answer"].replace("-", "").isdigit()][:60]
+def test_rewritten_answers_go_through_math_verify(checker):
+    rows = [r for r in real_rows("math500.jsonl") if r["answer"].replace("-", "").isdigit()][:60]
     responses = [rf"\boxed{{{r['answer']} + 1 - 1}}" for r in rows]
-    assert (
-        eval_checker.check(responses, [r["answer"] for r in rows], ["math"] * 60)
-        == ["correct"] * 60
-    )
-    assert (
-        eval_checker.check(responses, [r["answer"] + "1" for r in rows], ["math"] * 60)
-        == ["wrong"] * 60
-    )
+    for more, verdict in (("", "correct"), ("1", "wrong")):
+        golds = [r["answer"] + more for r in rows]
+        assert checker.check(responses, golds, ["math"] * 60) == [verdict] * 60
 
 
 @pytest.mark.parametrize(
@@ -2493,12 +2471,41 @@ def test_eval_rewritten_answers_go_through_math_verify(eval_checker):
         ("7-3+2", "7 3 2 = 6", "countdown", "unparsed"),
     ],
 )
-def test_eval_verdicts(eval_checker, response, gold, kind, verdict):
-    assert eval_checker.check([response], [gold], [kind]) == [verdict]
+def test_verdicts(checker, response, gold, kind, verdict):
+    assert checker.check([response], [gold], [kind]) == [verdict]
 
 
-def test_eval_expression_values():
-    """Against Python's own arithmetic, on expressions made here; whatever is more than that has no value."""
+# fmt: off
+USABLE_GOLDS = [
+    ("math", [r"\frac12", "work\n#### 5", "$7$."]), ("number", ["1,234", "work\n#### -3"]),
+    ("choice", ["B", " J "]), ("chain", ["7"]), ("countdown", ["3 5 7 = 22", "3 = 3"]),
+]
+USELESS_GOLDS = [
+    ("math", ["", "work\n####", r"\frac{", "(" * 9]), ("number", ["", "."]),
+    ("choice", ["", "K", "b", "AB", "(A)"]), ("chain", ["", " "]),
+    ("countdown", ["", "three", "3 5 7", "3,5 = 8", "3 = -3"]),
+]
+# fmt: on
+
+
+def test_gold_answers_that_nothing_can_equal_are_recognised(checker):
+    for cases, verdict in ((USABLE_GOLDS, "correct"), (USELESS_GOLDS, "unparsed")):
+        assert [kind for kind, _ in cases] == list(evaluation.KINDS) == list(checker.kinds)
+        for kind, golds in cases:
+            assert checker.check_golds(golds, [kind] * len(golds)) == [verdict] * len(golds), kind
+
+
+# fmt: off
+NO_EXPRESSIONS = [
+    "9**9**9**9", "9//2", "-3", "+3", "007", "3(4)", "1_0", "1e5", "1.5", "(1,2)", "()", "", "1+",
+    "\u0663+1", "1<2", "1 if 1", "9" * 201, "(" * 90 + "1" + ")" * 90, "(" * 200, "-" * 199 + "1",
+    "1\n+1", "[1]", "__import__('os')",
+]
+# fmt: on
+
+
+def test_values_of_expressions_are_exact():
+    """Against Python's own arithmetic; whatever is more than that has no value."""
     rng = random.Random(0)
 
     def make(depth: int) -> str:
@@ -2515,218 +2522,157 @@ def test_eval_expression_values():
             values.append(None)
         assert evaluation.expression_value(text) == (values[-1] if len(text) <= 200 else None), text
     assert sum(value is not None for value in values) > 250
-    for text in (
-        "9**9**9**9",
-        "9//2",
-        "-3",
-        "+3",
-        "007",
-        "3(4)",
-        "1_0",
-        "1e5",
-        "1.5",
-        "(1,2)",
-        "()",
-        "",
-        "1+",
-        "\u0663+1",
-        "1<2",
-        "1 if 1",
-        "9" * 201,
-        "(" * 90 + "1" + ")" * 90,
-        "(" * 200,
-        "-" * 199 + "1",
-        "1\n+1",
-        "[1]",
-        "__import__('os')",
-    ):
+    for text in NO_EXPRESSIONS:
         assert evaluation.expression_value(text) is None, text
 
 
-def test_eval_agrees_with_math_verify(eval_checker):
+# fmt: off
+EQUAL = [
+    ("(x-1)(x+1)", "x^2-1"), ("(a+b)^3", "a^3+3a^2b+3ab^2+b^3"), (r"\ln e^2", "2"),
+    (r"\tan 45^\circ", "1"), (r"\int_0^1 x dx", r"\frac12"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", r"\begin{pmatrix}7&10\\15&22\end{pmatrix}"),
+    (r"x^2+2x+1=0", "(x+1)^2=0"), ("1<x<2", "(1,2)"), (r"[0,1)\cup(1,2]", r"[0,2]\setminus\{1\}"),
+    (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"), (r"\sum_{k=1}^{10}k", "55"),
+    (r"\binom{10}{3}", "120"), ("|x-3|", "|3-x|"), (r"\sqrt{x^2}", "|x|"),
+    (r"\sin 2x", r"2\sin x\cos x"), (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"), ("y=2x+3", "2x+3"),
+    ("2x+3y=6", "3y=6-2x"), (r"(3,\frac{\pi}{2})", r"(3,0.5\pi)"),
+    (r"3\pm\sqrt2", r"\{3+\sqrt2,3-\sqrt2\}"), (r"\frac{\sqrt3}{3}", r"\tan\frac{\pi}{6}"),
+    ("(1+i)^2", "2i"), (r"\frac{x^2-1}{x-1}", "x+1"), (r"\sin^2 x+\cos^2 x", "1"),
+    (r"\frac{1+i}{1-i}", "i"), (r"a^{-1}+b^{-1}", r"\frac{a+b}{ab}"),
+]
+# fmt: on
+
+
+def test_verdicts_are_those_of_math_verify(checker):
     """The worker forbids SymPy to read text and refutes by value; neither may change a verdict."""
     import math_verify
 
+    differing = [(answer, gold) for (answer, _), (_, gold) in zip(EQUAL, EQUAL[1:])]
+    pairs = [*EQUAL, *((gold, answer) for answer, gold in EQUAL), *differing]
+    responses, golds = [rf"\boxed{{{answer}}}" for answer, _ in pairs], [gold for _, gold in pairs]
+    verdicts = checker.check(responses, golds, ["math"] * len(pairs))
     latex = [math_verify.LatexExtractionConfig()]
-    equal = [
-        ("(x-1)(x+1)", "x^2-1"),
-        ("(a+b)^3", "a^3+3a^2b+3ab^2+b^3"),
-        (r"\ln e^2", "2"),
-        (r"\tan 45^\circ", "1"),
-        (r"\int_0^1 x dx", r"\frac12"),
-        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", r"\begin{pmatrix}7&10\\15&22\end{pmatrix}"),
-        (r"x^2+2x+1=0", "(x+1)^2=0"),
-        ("1<x<2", "(1,2)"),
-        (r"[0,1)\cup(1,2]", r"[0,2]\setminus\{1\}"),
-        (r"\frac{n(n+1)}{2}", r"\frac{n^2+n}{2}"),
-        (r"\sum_{k=1}^{10}k", "55"),
-        (r"\binom{10}{3}", "120"),
-        ("|x-3|", "|3-x|"),
-        (r"\sqrt{x^2}", "|x|"),
-        (r"\sin 2x", r"2\sin x\cos x"),
-        (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"),
-        ("y=2x+3", "2x+3"),
-        ("2x+3y=6", "3y=6-2x"),
-        (r"(3,\frac{\pi}{2})", r"(3,0.5\pi)"),
-        (r"3\pm\sqrt2", r"\{3+\sqrt2,3-\sqrt2\}"),
-        (r"\frac{\sqrt3}{3}", r"\tan\frac{\pi}{6}"),
-        ("(1+i)^2", "2i"),
-        (r"\frac{x^2-1}{x-1}", "x+1"),
-        (r"\sin^2 x+\cos^2 x", "1"),
-        (r"\frac{1+i}{1-i}", "i"),
-        (r"a^{-1}+b^{-1}", r"\frac{a+b}{ab}"),
-    ]
-    pairs = (
-        equal
-        + [(gold, answer) for answer, gold in equal]
-        + [(a, g) for (a, _), (_, g) in zip(equal, equal[1:])]
-    )
-    verdicts = eval_checker.check(
-        [rf"\boxed{{{a}}}" for a, _ in pairs], [g for _, g in pairs], ["math"] * len(pairs)
-    )
-    expected = [
-        math_verify.verify(math_verify.parse(f"${g}$", latex), math_verify.parse(f"${a}$", latex))
-        for a, g in pairs
-    ]
-    assert [v == "correct" for v in verdicts] == expected
+    parse = lambda text: math_verify.parse(f"${text}$", latex)
+    expected = [math_verify.verify(parse(gold), parse(answer)) for answer, gold in pairs]
+    assert [verdict == "correct" for verdict in verdicts] == expected
     assert sum(expected) > 40
 
 
-def test_eval_think_requirement():
+THINKING = {
+    "<think>a</think>\\boxed{5}": "correct",
+    "a</think>\\boxed{5}": "correct",
+    "\\boxed{5}": "unparsed",
+    "<think>\\boxed{5}</think>": "unparsed",
+    "a</think>b</think>\\boxed{5}": "unparsed",
+    "a</think><think>\\boxed{5}": "unparsed",
+    "<think><think>a</think>\\boxed{5}": "unparsed",
+}
+
+
+def test_an_answer_must_stand_after_one_end_of_thinking():
     with evaluation.Checker(require_think=True) as checker:
-        cases = {
-            "<think>a</think>\\boxed{5}": "correct",
-            "a</think>\\boxed{5}": "correct",
-            "\\boxed{5}": "unparsed",
-            "<think>\\boxed{5}</think>": "unparsed",
-            "a</think>b</think>\\boxed{5}": "unparsed",
-            "a</think><think>\\boxed{5}": "unparsed",
-            "<think><think>a</think>\\boxed{5}": "unparsed",
-        }
-        assert checker.check(list(cases), ["5"] * len(cases), ["math"] * len(cases)) == list(
-            cases.values()
-        )
+        for response, verdict in THINKING.items():
+            assert checker.check([response], ["5"], ["math"]) == [verdict], response
 
 
-def test_eval_extract_any():
+# fmt: off
+ANYWHERE = [
+    (r"The final answer is $\frac{2}{4}$.", "1/2", "correct"), ("so 1/2", "1/2", "correct"),
+    ("it is 7", "1/2", "wrong"), ("hm", "1/2", "unparsed"), ("", "1/2", "unparsed"),
+    ("= (1+2)*3", "9", "correct"), ("__import__('os')", "9", "unparsed"),
+]
+# fmt: on
+
+
+def test_extract_any_searches_whole_responses():
     with evaluation.Checker(extract="any", limit=20.0) as checker:
-        responses = [
-            "The final answer is $\\frac{2}{4}$.",
-            "so 1/2",
-            "it is 7",
-            "hm",
-            "",
-            "= (1+2)*3",
-            "__import__('os')",
-        ]
-        assert checker.check(responses, ["1/2"] * 5 + ["9"] * 2, ["math"] * 7) == [
-            "correct",
-            "correct",
-            "wrong",
-            "unparsed",
-            "unparsed",
-            "correct",
-            "unparsed",
-        ]
+        for response, gold, verdict in ANYWHERE:
+            assert checker.check([response], [gold], ["math"]) == [verdict], response
+        long = "It is said. " * 100_000 + "so 1/2"  # more than a pipe holds
+        assert checker.check([long], ["1/2"], ["number"]) == ["correct"]
     with pytest.raises(ValueError, match="boxed or any"):
         evaluation.Checker(extract="all")
 
 
-def test_eval_order_and_kinds(eval_checker):
+def test_verdicts_keep_their_order_on_two_workers(checker):
     answers = [str(i % 7) for i in range(150)]
     responses = [f"\\boxed{{{a} + 0}}" for a in answers]
     expected = ["correct" if a == "3" else "wrong" for a in answers]
-    with evaluation.Checker(workers=2, limit=20.0) as checker:
-        assert checker.check(responses, ["3"] * 150, ["math"] * 150) == expected
-        many = [f"\\boxed{{{i} + 1}}" for i in range(150)]
-        assert checker.check(many, ["8"] * 150, ["math"] * 150) == [
-            "correct" if i == 7 else "wrong" for i in range(150)
-        ]
-        assert len(checker.pool) == 2
-    assert eval_checker.check([], [], []) == []
-    with pytest.raises(ValueError, match="math, number, choice, chain, countdown"):
-        eval_checker.check(["x"], ["x"], ["essay"])
+    with evaluation.Checker(workers=2, limit=20.0) as checker_of_two:
+        check = checker_of_two.check
+        assert check(responses, ["3"] * 150, ["math"] * 150) == expected
+        responses = [f"\\boxed{{{i} + 1}}" for i in range(150)]
+        expected = ["correct" if i == 7 else "wrong" for i in range(150)]
+        assert check(responses, ["8"] * 150, ["math"] * 150) == expected
+        assert len(started(checker_of_two)) == 2
+    assert checker.check([], [], []) == []
 
 
-def test_eval_hostile_answers_cost_at_most_the_limit(tmp_path):
-    limit = 0.7
-    long = 300_000
-    text = [
-        "\\boxed{" * long,
-        "{" * long,
-        "\\boxed{" + "{" * long,
-        "\\boxed" * long,
-        "[" * long,
-        "}" * long,
-        "]" * long,
-        "answer is " * long,
-        " " * long + "answer is" + " " * long,
-        "$" * long,
-        "####" * long,
-        "\\" * long,
-        "\\boxed{" + "\\{" * long + "}",
-        "(" * long,
-    ]
-    numeric = ["9" * long, "1," * long, "#### " + "9" * long]
-    boxed = [
-        "9**9**9**9",
-        "9^{9^{9^{9}}}",
-        "(" * 400 + "1" + ")" * 400,
-        "\u202e\u05d0 5",
-        "5\0",
-        "\ud800",
-        "\\frac{",
-        "^" * 100,
-        "}{",
-        "-" * 300 + "1",
-        f"__import__('os').system('touch {tmp_path}/evaluated')",
-        "\\text{__import__('os')}",
-        "\\operatorname{exec}(1)",
-        "1" + "0" * 990 + "^2",
-    ]
+def test_unknown_kinds_are_refused(checker):
+    named = "math, number, choice, chain, countdown, not essay, poem"
+    with pytest.raises(ValueError, match=named):
+        checker.check(["x"] * 3, ["x"] * 3, ["poem", "math", "essay"])
+    with pytest.raises(ValueError, match=named):
+        checker.check_golds(["x"] * 3, ["poem", "math", "essay"])
+
+
+STUCK = r"\boxed{\int_0^{10^{7}} x^{x} dx}"  # costs whatever the limits allow
+LONG = 300_000
+# fmt: off
+HOSTILE_TEXTS = [
+    "\\boxed{" * LONG, "{" * LONG, "\\boxed{" + "{" * LONG, "\\boxed" * LONG, "[" * LONG,
+    "}" * LONG, "]" * LONG, "answer is " * LONG, " " * LONG + "answer is" + " " * LONG, "$" * LONG,
+    "####" * LONG, "\\" * LONG, "\\boxed{" + "\\{" * LONG + "}", "(" * LONG,
+]
+HOSTILE_NUMBERS = ["9" * LONG, "1," * LONG, "#### " + "9" * LONG]
+HOSTILE_BOXES = [
+    "9**9**9**9", "9^{9^{9^{9}}}", "(" * 400 + "1" + ")" * 400, "\u202e\u05d0 5", "5\0", "\ud800",
+    "\\frac{", "^" * 100, "}{", "-" * 300 + "1", "__import__('os').system('touch FOLDER/evaluated')",
+    "\\text{__import__('os')}", "\\operatorname{exec}(1)", "1" + "0" * 990 + "^2",
+]
+# fmt: on
+
+
+def test_hostile_answers_cost_at_most_the_limit(tmp_path):
+    limit, texts = 0.7, HOSTILE_TEXTS + HOSTILE_NUMBERS
     with evaluation.Checker(limit=limit) as checker:
         checker.check([r"\boxed{x+1}"], ["x+2"], ["math"])
         for kind in evaluation.KINDS:
             start = time.monotonic()
-            verdicts = checker.check(
-                text + numeric, ["7"] * len(text + numeric), [kind] * len(text + numeric)
-            )
-            assert set(verdicts[: len(text)]) == {"unparsed"}, kind
+            verdicts = checker.check(texts, ["7"] * len(texts), [kind] * len(texts))
+            assert set(verdicts[: len(HOSTILE_TEXTS)]) == {"unparsed"}, kind
             assert set(verdicts) <= {"unparsed", "wrong"}, kind
             assert time.monotonic() - start < 10 * limit + evaluation.START_LIMIT
-        for answer in boxed:
+        for answer in HOSTILE_BOXES:
+            boxed = rf"\boxed{{{answer}}}".replace("FOLDER", str(tmp_path))
             start = time.monotonic()
-            verdict, after = checker.check(
-                [rf"\boxed{{{answer}}}", r"\boxed{3+4}"], ["7", "7"], ["math", "math"]
-            )
-            assert verdict != "correct" and after == "correct", answer
-            assert (
-                time.monotonic() - start < limit + evaluation.START_LIMIT
-            )  # a worker's start comes on top
-        assert checker.check([EVAL_STUCK], ["7"], ["math"]) == ["timeout"]
+            verdicts = checker.check([boxed, r"\boxed{3+4}"], ["7", "7"], ["math", "math"])
+            assert verdicts[0] != "correct" and verdicts[1] == "correct", answer
+            # a worker's start comes on top
+            assert time.monotonic() - start < limit + evaluation.START_LIMIT
+        assert checker.check([STUCK], ["7"], ["math"]) == ["timeout"]
     assert not (tmp_path / "evaluated").exists()
 
 
-def test_eval_hostile_corpus(tmp_path, monkeypatch):
+def test_the_hostile_corpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from faults_checker import GOLDS, hostile_answers
 
     responses = [f"\\boxed{{{answer}}}" for answer in hostile_answers()]
-    golds = [GOLDS[i % len(GOLDS)] for i in range(len(responses))]
-    settled = [evaluation.settle(r, g, "math", "boxed", False) for r, g in zip(responses, golds)]
-    refused = [i for i, verdict in enumerate(settled) if isinstance(verdict, str)]
-    assert len(refused) > 250 and {settled[i] for i in refused} == {"unparsed"}
-    # A quarter of the rest, less those that take as long as they may: benchmarks/faults_checker.py runs them all.
-    rest = [
-        i
-        for i in range(len(responses))
-        if i not in set(refused) and not re.search("int|binom|gcd", responses[i])
-    ][::4]
+    cases = [(response, GOLDS[i % len(GOLDS)]) for i, response in enumerate(responses)]
+    verdicts, left = [], []
+    for response, gold in cases:
+        kind = evaluation.KINDS["math"]
+        found = evaluation.find_and_compare(response, gold, kind, "boxed")
+        if isinstance(found, str):
+            verdicts.append(found)
+        elif not re.search("int|binom|gcd", response):  # which take as long as they may
+            left.append((response, gold))
+    assert len(verdicts) > 250 and set(verdicts) == {"unparsed"}
+    left = left[::4]  # benchmarks/faults_checker.py runs them all
     with evaluation.Checker(workers=2, limit=20.0) as checker:
-        verdicts = checker.check(
-            [responses[i] for i in rest], [golds[i] for i in rest], ["math"] * len(rest)
-        )
+        verdicts = checker.check(*map(list, zip(*left)), ["math"] * len(left))
         assert set(verdicts) <= {"wrong", "unparsed", "timeout"} and verdicts.count("timeout") < 10
         assert checker.check([r"\boxed{3+4}"], ["7"], ["math"]) == ["correct"]
     assert not list(tmp_path.iterdir())
@@ -2774,73 +2720,146 @@ def test_eval_hostile_corpus(tmp_path, monkeypatch):
         ("0/5", "0", "correct"),
     ],
 )
-def test_eval_large_and_slow_answers(eval_checker, answer, gold, verdict):
-    assert eval_checker.check([rf"\boxed{{{answer}}}"], [gold], ["math"]) == [verdict]
+def test_large_and_slow_answers(checker, answer, gold, verdict):
+    assert checker.check([rf"\boxed{{{answer}}}"], [gold], ["math"]) == [verdict]
 
 
-def test_eval_killed_and_hanging_workers_are_replaced():
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_killed_and_hanging_workers_are_replaced():
     with evaluation.Checker(limit=2.0) as checker:
         assert checker.check([r"\boxed{3+4}"], ["7"], ["math"]) == ["correct"]
-        first = checker.pool[0].process.pid
-        killer = subprocess.Popen(
-            ["sh", "-c", f"sleep 0.5; kill -9 {first}"]
-        )  # in the middle of the second answer
-        responses = [r"\boxed{3+4}", EVAL_STUCK, r"\boxed{2+5}", r"\boxed{2+6}"]
-        assert checker.check(responses, ["7"] * 4, ["math"] * 4) == [
-            "correct",
-            "error",
-            "correct",
-            "wrong",
-        ]
+        (first,) = started(checker)
+        # in the middle of the second answer
+        killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {first.pid}"])
+        responses = [r"\boxed{3+4}", STUCK, r"\boxed{2+5}", r"\boxed{2+6}"]
+        verdicts = checker.check(responses, ["7"] * 4, ["math"] * 4)
+        assert verdicts == ["correct", "error", "correct", "wrong"]
         killer.wait()
-        second = checker.pool[0].process.pid
-        os.kill(second, signal.SIGSTOP)  # hangs, even before it has read its batch
+        (second,) = started(checker)
+        os.kill(second.pid, signal.SIGSTOP)  # it hangs, even before it has read the answer
         start = time.monotonic()
-        assert checker.check([r"\boxed{5+2}", r"\boxed{4+3}"], ["7", "7"], ["math"] * 2) == [
-            "timeout",
-            "correct",
-        ]
-        assert time.monotonic() - start > 2.0
-        third = checker.pool[0].process.pid
-        os.kill(third, signal.SIGKILL)  # idle: nobody's answer is at fault
-        checker.pool[0].process.wait()
+        verdicts = checker.check([r"\boxed{5+2}", r"\boxed{4+3}"], ["7", "7"], ["math"] * 2)
+        assert verdicts == ["timeout", "correct"] and time.monotonic() - start > 2.0
+        (third,) = started(checker)
+        os.kill(third.pid, signal.SIGKILL)  # idle: nobody's answer is at fault
+        third.wait()
         assert checker.check([r"\boxed{1+6}"], ["7"], ["math"]) == ["correct"]
-        checker.pool[0].jobs.append(("boxed", "1", "2"))  # as an interrupt of check leaves it
-        assert checker.check([r"\boxed{8-1}"], ["7"], ["math"]) == ["correct"]
-        pids = {first, second, third, checker.pool[0].process.pid}
+        (fourth,) = started(checker)
+        pids = {first.pid, second.pid, third.pid, fourth.pid}
         assert len(pids) == 4
-    assert not any(map(eval_alive, pids))
+    assert not any(map(is_alive, pids))
 
 
-def test_eval_workers_end_with_their_parent():
-    code = (
-        "import eval as e, sys\nc = e.Checker(limit=1.0)\nc.check([r'\\boxed{1+1}'], ['2'], ['math'])\n"
-        "print(c.pool[0].process.pid, flush=True)\n%s"
+def test_a_hanging_worker_that_takes_no_more_text_is_replaced():
+    with evaluation.Checker(limit=0.5, extract="any") as checker:
+        assert checker.check(["3+4"], ["7"], ["math"]) == ["correct"]
+        os.kill(started(checker)[0].pid, signal.SIGSTOP)
+        assert checker.check(["7 " * 1_000_000], ["7"], ["math"]) == ["timeout"]
+
+
+def test_an_interrupt_leaves_a_usable_checker():
+    with evaluation.Checker(workers=2, limit=3.0) as checker:
+        interrupt = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+        responses = [STUCK, STUCK + " ", *(rf"\boxed{{{i}+x}}" for i in range(5000))]
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            checker.check(responses, [f"y+{i}" for i in range(5002)], ["math"] * 5002)
+        responses, golds = [rf"\boxed{{{i}+7}}" for i in range(20)], ["9"] * 20
+        expected = ["correct" if i == 2 else "wrong" for i in range(20)]
+        assert checker.check(responses, golds, ["math"] * 20) == expected
+
+
+def test_a_worker_that_does_not_start_is_an_error(monkeypatch):
+    with evaluation.Checker(workers=2) as checker:
+        monkeypatch.setattr(evaluation, "START_LIMIT", 0.01)
+        with pytest.raises(RuntimeError, match="a worker that compares answers did not start"):
+            checker.check([r"\boxed{3+4}"], ["7"], ["math"])
+        monkeypatch.undo()
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(RuntimeError, match="a worker that compares answers did not start"):
+            checker.check([r"\boxed{3+4}"], ["7"], ["math"])
+        monkeypatch.undo()
+        assert checker.check([r"\boxed{3+4}"], ["7"], ["math"]) == ["correct"]
+
+
+CHECK_IN_A_PROCESS = r"""
+import eval, sys
+checker = eval.Checker(limit=2.0)
+checker.check([r"\boxed{1+1}"], ["2"], ["math"])
+print(checker.idle.queue[-1].pid, flush=True)
+checker.limit = float(input())
+print(checker.check([ANSWER], ["7"], ["math"])[0], flush=True)
+input()
+"""
+
+
+def checking_process(answer: str) -> tuple[subprocess.Popen, int]:
+    """A process that checks an answer when it is told the limit, and the id of its worker."""
+    code = CHECK_IN_A_PROCESS.replace("ANSWER", repr(answer))
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, cwd=ROOT
     )
-    busy = f"c.limit = 1000.0\nc.check([{EVAL_STUCK!r}], ['2'], ['math'])"
-    for rest in ("import time; time.sleep(60)", busy):
-        parent = subprocess.Popen(
-            [sys.executable, "-c", code % rest], stdout=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        worker = int(parent.stdout.readline())
+    return parent, int(parent.stdout.readline())
+
+
+def say(process: subprocess.Popen, line: str) -> None:
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def test_a_parent_that_is_held_up_itself_blames_no_answer():
+    parent, worker = checking_process(r"\boxed{3+4}")
+    with parent:
+        os.kill(worker, signal.SIGSTOP)
+        say(parent, "1.0")
         time.sleep(0.5)
-        assert eval_alive(worker)
+        os.kill(parent.pid, signal.SIGSTOP)
+        os.kill(worker, signal.SIGCONT)
+        time.sleep(1.5)
+        os.kill(parent.pid, signal.SIGCONT)
+        assert parent.stdout.readline() == "correct\n"
+        say(parent, "")
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_their_parent(busy):
+    parent, worker = checking_process(STUCK)
+    with parent:
+        if busy:
+            say(parent, "1000")
+        time.sleep(0.5)
+        assert is_alive(worker)
         parent.kill()
-        parent.wait()
-        parent.stdout.close()
-        deadline = time.monotonic() + 20
-        while eval_alive(worker) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not eval_alive(worker)
+    deadline = time.monotonic() + 20
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
 
 
-def test_eval_worker_imports_neither_torch_nor_numpy():
-    code = (
-        "import sys, eval\nassert not {'torch', 'transformers', 'vllm', 'numpy', 'sympy'} & set(sys.modules)\n"
-        "import io\nsys.stdin = io.StringIO('')\neval.worker(1.0)\n"
-        "assert not {'torch', 'transformers', 'vllm', 'data', 'rollout'} & set(sys.modules)"
-    )
-    assert eval_run("-c", code).returncode == 0
+def run_python(*args):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+IMPORTS = """
+import io, sys, eval
+assert not {'torch', 'transformers', 'vllm', 'numpy', 'sympy'} & set(sys.modules)
+sys.stdin = io.StringIO('')
+eval.worker(1.0)
+assert not {'torch', 'transformers', 'vllm', 'data', 'rollout'} & set(sys.modules)
+"""
+
+
+def test_a_worker_imports_neither_torch_nor_numpy():
+    assert run_python("-c", IMPORTS).returncode == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2914,29 +2933,15 @@ def test_evaluate_does_not_depend_on_order_or_world():
     assert "warning: amc has 23 rows, not the 83" in text and "pass@4" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Benchmarks and the command line
 
 
-def test_eval_benchmarks_follow_the_protocol():
-    assert set(evaluation.BENCHES) == {
-        "aime24",
-        "aime25",
-        "amc",
-        "amc23",
-        "olympiad",
-        "math500",
-        "mmlu_pro",
-        "gsm8k",
-        "minerva",
-    }
-    assert {name for name, bench in evaluation.BENCHES.items() if bench.k == 32} == {
-        "aime24",
-        "aime25",
-        "amc",
-        "amc23",
-    }
-    assert {bench.k for bench in evaluation.BENCHES.values()} == {1, 32}
+def test_benchmarks_follow_the_protocol():
+    small = {"aime24", "aime25", "amc", "amc23"}  # 32 responses a question, as in the paper
+    others = {"olympiad", "math500", "mmlu_pro", "gsm8k", "minerva"}
+    found = {name: bench.k for name, bench in evaluation.BENCHES.items()}
+    assert found == {name: 32 for name in small} | {name: 1 for name in others}
     assert (evaluation.BENCHES["amc"].rows, evaluation.BENCHES["amc23"].rows) == (83, 40)
 
 
@@ -3101,56 +3106,69 @@ def test_data_kind_column(data_tok, tmp_path):
     }
 
 
-def test_eval_grade_command(tmp_path):
-    rows = [
-        {"answer": "1/2", "response": r"\boxed{0.5}", "note": "kept"},
-        {"answer": "2", "response": r"\boxed{3}"},
-        {"answer": "2", "response": "it is 2"},
-        {"answer": "7", "response": EVAL_STUCK},
-        {"answer": "w\n#### 5", "response": "so 5"},
-        {"answer": "B", "kind": "choice", "response": "Answer: B"},
-        {"answer": 2, "response": "\ud800\0\\boxed{2}"},
-    ]
-    path = tmp_path / "mine.jsonl"
+TO_GRADE = [  # answer, response, verdict
+    ("1/2", r"\boxed{0.5}", "correct"),
+    ("2", r"\boxed{3}", "wrong"),
+    ("2", "it is 2", "unparsed"),
+    ("7", STUCK, "timeout"),
+    ("w\n#### 5", "so 5", "correct"),
+    (2, "\ud800\0\\boxed{2}", "correct"),
+]
+WRONG_TO_GRADE = [  # content, error
+    (None, "no such file"),
+    ("{}\n", "mine.jsonl:1: the row has no answer"),
+    ('{"answer": "1"}\n', "mine.jsonl:1: the row has no response"),
+    ("\n\n{\n", "mine.jsonl:3: not"),
+]
+
+
+def test_grade_adds_a_verdict_to_each_row(tmp_path):
+    rows = [{"answer": gold, "response": response} for gold, response, _ in TO_GRADE]
+    rows[0]["note"] = "kept"
+    rows.append({"answer": "B", "kind": "choice", "response": "Answer: B"})
+    path, out = tmp_path / "mine.jsonl", tmp_path / "mine.graded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = eval_run("eval.py", "grade", path, "--limit", 2)
+    result = run_python("eval.py", "grade", path, "--limit", 2)
     assert result.returncode == 0, result.stderr
-    graded = [json.loads(line) for line in (tmp_path / "mine.graded.jsonl").open()]
-    assert [row.pop("verdict") for row in graded] == [
-        "correct",
-        "wrong",
-        "unparsed",
-        "timeout",
-        "correct",
-        "correct",
-        "correct",
-    ]
+    graded = [json.loads(line) for line in out.open()]
+    expected = [*(verdict for _, _, verdict in TO_GRADE), "correct"]
+    assert [row.pop("verdict") for row in graded] == expected
     assert graded == rows
-    assert {tuple(line.split()[:2]) for line in result.stdout.splitlines()[1:]} == {
-        ("correct", "4"),
-        ("wrong", "1"),
-        ("unparsed", "1"),
-        ("timeout", "1"),
-        ("error", "0"),
-    }
-    result = eval_run("eval.py", "grade", path, "--extract", "any", "--limit", 2)
-    assert (
-        json.loads((tmp_path / "mine.graded.jsonl").read_text().splitlines()[2])["verdict"]
-        == "correct"
-    )
-    for content, message in [
-        (None, "no such file"),
-        ("{}\n", "mine.jsonl:1: the row has no answer"),
-        ('{"answer": "1"}\n', "mine.jsonl:1: the row has no response"),
-        ("\n\n{\n", "mine.jsonl:3: not"),
-    ]:
+    counts = dict(line.split()[:2] for line in result.stdout.splitlines()[1:])
+    assert counts == {v: str(expected.count(v)) for v in evaluation.VERDICTS}
+    result = run_python("eval.py", "grade", path, "--extract", "any", "--limit", 2)
+    assert json.loads(out.read_text().splitlines()[2])["verdict"] == "correct"
+
+
+def refused(monkeypatch, capsys, *args) -> str:
+    """What eval.py says when it refuses these arguments: one line, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+    assert evaluation.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("eval.py: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_grade_refuses_wrong_files_and_limits(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "mine.jsonl"
+    for content, message in WRONG_TO_GRADE:
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_text(content)
-        result = eval_run("eval.py", "grade", path)
-        assert (
-            result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
-        ), result.stderr
+        assert message in refused(monkeypatch, capsys, "grade", path)
+    for limit in ("0", "-1", "nan"):
+        assert "--limit must be" in refused(monkeypatch, capsys, "grade", path, "--limit", limit)
+
+
+def test_help_says_where_an_answer_of_each_kind_stands(capsys, monkeypatch):
+    for command in (["grade"], []):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *command, "--help"])
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main()
+        lines = capsys.readouterr().out.splitlines()
+        assert stop.value.code == 0
+        for name, kind in evaluation.KINDS.items():
+            assert f"  {name:10} {kind.where}" in lines
 
 
 @pytest.fixture(scope="module")
@@ -3159,143 +3177,127 @@ def eval_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval") / "model"
     tokenizer = data.embedded_tokenizer()
     transformers.set_seed(0)
-    model = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_eval_resumes_on_another_number_of_ranks(eval_model, tmp_path):
-    command = [
-        "eval.py",
-        eval_model,
-        "--bench",
-        "chain",
-        "--k",
-        2,
-        "--max-tokens",
-        12,
-        "--temperature",
-        1,
-        "--sampler",
-        "torch",
-    ]
-    result = eval_run(*command, "--out", tmp_path / "whole")
-    assert result.returncode == 0, result.stderr
-    assert (
-        "avg@k" in result.stdout and "95 % interval" in result.stdout and "pass@2" in result.stdout
-    )
-    whole = (tmp_path / "whole" / "responses.jsonl").read_text()
-    lines = whole.splitlines(keepends=True)
-    assert len(lines) == 2 * evaluation.CHAINS
-    assert set(json.loads(lines[0])) == {
-        "id",
-        "bench",
-        "level",
-        "kind",
-        "answer",
-        "sample",
-        "response",
-        "verdict",
-        "tokens",
-        "truncated",
-    }
+def run_on_two_ranks(*args):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    return run_python(*torchrun, *args)
 
-    # As if killed: two ranks' files, one question with half its responses, one line half written.
-    part = tmp_path / "part"
+
+def response_lines(folder: Path) -> list[str]:
+    paths = sorted(folder.glob("responses-*.jsonl"))
+    return [line for path in paths for line in path.read_text().splitlines(keepends=True)]
+
+
+def test_an_evaluation_resumes_on_another_number_of_ranks(eval_model, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    command = ["eval.py", eval_model, "--bench", "chain", "--k", 2, "--max-tokens", 12]
+    command += ["--temperature", 1, "--sampler", "torch", "--out"]
+    result = run_python(*command, whole)
+    assert result.returncode == 0, result.stderr
+    for column in ("avg@k", "95 % interval", "pass@2"):
+        assert column in result.stdout
+    lines = response_lines(whole)
+    assert len(lines) == 2 * evaluation.CHAINS
+    question = {"id", "bench", "level", "kind", "answer"}
+    response = {"sample", "response", "verdict", "tokens", "truncated"}
+    assert set(json.loads(lines[0])) == question | response
+
+    # As if three ranks had been killed: one question with half its responses, one line half written
     part.mkdir()
-    (part / "settings.json").write_text((tmp_path / "whole" / "settings.json").read_text())
-    (part / "responses.rank0.jsonl").write_text("".join(lines[0:40] + lines[80:121]))
-    (part / "responses.rank1.jsonl").write_text("".join(lines[40:60]) + lines[60][:30])
-    result = eval_run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        2,
-        *command,
-        "--out",
-        part,
-    )
+    shutil.copy(whole / "settings.json", part)
+    before = {0: lines[0:40] + lines[80:121], 2: [*lines[40:60], lines[60][:30]]}
+    for rank, written in before.items():
+        (part / f"responses-{rank}.jsonl").write_text("".join(written))
+    result = run_on_two_ranks(*command, part)
     assert result.returncode == 0, result.stderr
     assert f"resuming: 50 of {evaluation.CHAINS} questions" in result.stderr
-    assert (part / "responses.jsonl").read_text() == whole
-    assert (part / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
-    assert sorted(p.name for p in part.iterdir()) == [
-        "responses.jsonl",
-        "results.json",
-        "settings.json",
-    ]
+    assert (part / "results.json").read_text() == (whole / "results.json").read_text()
+    # What was written stays, and every response is there; twice only that of the half question.
+    assert (part / "responses-0.jsonl").read_text().startswith("".join(before[0]))
+    assert (part / "responses-2.jsonl").read_text() == "".join(before[2])
+    after = response_lines(part)
+    after.remove(before[2][-1])
+    assert sorted(after) == sorted([*lines, lines[120]])
 
 
-def test_eval_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            evaluation.main()
-        error = capsys.readouterr().err
-        assert exit.value.code == 2 and error.count("\n") == 1, error
-        return error
+def test_a_rank_appends_after_the_last_whole_line(tmp_path):
+    path = tmp_path / "responses-3.jsonl"
+    for before, after in (("", ""), ('{"a', ""), ("a\n", "a\n"), ("a\nb\nc", "a\nb\n")):
+        path.write_text(before)
+        with evaluation.open_responses(tmp_path, 3) as file:
+            file.write("c\n")
+        assert path.read_text() == after + "c\n"
 
+
+def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "known are aime24, aime25, amc, amc23" in run(eval_model, "--bench", "chain,aime42")
-    assert "no such file" in run(eval_model, "--bench", tmp_path / "none.jsonl")
-    assert "not a model folder" in run(tmp_path / "none", "--bench", "chain")
-    assert "--max-tokens 1000" in run(eval_model, "--bench", "chain", "--max-tokens", 1000)
-    assert "--k must be" in run(eval_model, "--bench", "chain", "--k", 0)
-    assert "two benchmarks of one name" in run(eval_model, "--bench", "chain,chain")
-    (tmp_path / "responses.jsonl").touch()
-    assert "model there is none" in run(
-        eval_model, "--bench", "chain", "--max-tokens", 8, "--out", tmp_path
-    )
+    refuse = lambda *args: refused(monkeypatch, capsys, *args)
+    chain = [eval_model, "--bench", "chain"]
+    assert "known are aime24, aime25, amc, amc23" in refuse(eval_model, "--bench", "chain,aime42")
+    assert "no such file" in refuse(eval_model, "--bench", tmp_path / "none.jsonl")
+    assert "not a model folder" in refuse(tmp_path / "none", "--bench", "chain")
+    assert "--max-tokens 1000" in refuse(*chain, "--max-tokens", 1000)
+    assert "--max-tokens must be" in refuse(*chain, "--max-tokens", 0)
+    assert "--k must be" in refuse(*chain, "--k", 0)
+    assert "--temperature must be" in refuse(*chain, "--temperature", "nan")
+    assert "--limit must be" in refuse(*chain, "--limit", 0)
+    assert "two benchmarks of one name" in refuse(eval_model, "--bench", "chain,chain")
+    there = [*chain, "--max-tokens", 8, "--out", tmp_path]
+    (tmp_path / "responses-0.jsonl").touch()
+    assert "model there is none" in refuse(*there)
     (tmp_path / "settings.json").write_text(json.dumps({"model": "another"}))
-    assert "model there is another" in run(
-        eval_model, "--bench", "chain", "--max-tokens", 8, "--out", tmp_path
-    )
+    assert "model there is another" in refuse(*there)
 
 
-def test_eval_with_vllm_on_two_ranks(eval_model, tmp_path):
-    import rollout
+def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
+    result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "chain")
+    *_, message, border = result.stderr.rstrip().splitlines()
+    assert f"eval.py: {tmp_path}/none: not a model folder" in message
+    assert set(border) == {"="} and result.returncode == 1
 
+
+def test_a_crash_shows_its_traceback_and_what_torchrun_will_say(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setattr(evaluation, "command_grade", lambda args: {}["lost"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "grade", "x"])
+    for rank in ("0", "1"):
+        path.unlink(missing_ok=True)
+        monkeypatch.setenv("RANK", rank)
+        assert evaluation.main() == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert "KeyError: 'lost'" in lines  # the traceback's last line
+        assert ("eval.py: KeyError: 'lost'" in lines) == (rank == "0")
+        assert json.loads(path.read_text())["message"]["message"] == "eval.py: KeyError: 'lost'"
+
+
+def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
     if problem := rollout.vllm_problem():
         pytest.skip(problem)
-    result = eval_run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        2,
-        "eval.py",
-        eval_model,
-        "--bench",
-        "chain",
-        "--k",
-        2,
-        "--max-tokens",
-        12,
-        "--sampler",
-        "vllm",
-        "--out",
-        tmp_path,
-    )
+    command = ["eval.py", eval_model, "--bench", "chain", "--k", 2, "--max-tokens", 12]
+    result = run_on_two_ranks(*command, "--sampler", "vllm", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]["chain"]
     assert results["rows"] == evaluation.CHAINS and 0 < results["length"] <= 12
-    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 2 * evaluation.CHAINS
+    assert len(response_lines(tmp_path)) == 2 * evaluation.CHAINS
+    assert len(list(tmp_path.glob("responses-*.jsonl"))) == 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3434,10 +3436,14 @@ def test_interval_of_a_single_value_is_open():
     assert mean == 1 and math.isnan(half)
 
 
+def countdown_verdict(response, gold):
+    return evaluation.find_and_compare(response, gold, evaluation.KINDS["countdown"], "boxed")
+
+
 def test_countdown_demonstrations_are_right_and_each_as_probable_as_any_right_answer():
     rows, tokenizer = countdown.rows("train", 90), countdown.tokenizer()
     for row in rows:
-        assert evaluation.countdown_verdict(row["solution"], row["answer"]) == "correct"
+        assert countdown_verdict(row["solution"], row["answer"]) == "correct"
         numbers, target = row["answer"].split(" = ")
         right = 0
         for signs in itertools.product("+-", repeat=numbers.count(" ")):
@@ -3463,7 +3469,7 @@ def test_countdown_base_model_reads_wrong_answers_to_the_longer_questions():
     for _ in range(200):
         question, work = countdown.base_example(rng)
         numbers, target = question.rstrip("?").split("=")
-        verdict = evaluation.countdown_verdict(work, f"{numbers.replace(',', ' ')} = {target}")
+        verdict = countdown_verdict(work, f"{numbers.replace(',', ' ')} = {target}")
         verdicts.setdefault(numbers.count(",") + 1, set()).add(verdict)
     right, wrong = {"correct"}, {"wrong"}
     assert verdicts == {2: right, 3: right, 4: right, 5: wrong, 6: wrong}

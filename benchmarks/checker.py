@@ -1,7 +1,10 @@
-"""Answers a second that one worker checks: python benchmarks/checker.py MATH500.jsonl (rows with an `answer`).
+"""Answers a second that one worker checks.
 
-Ordinary: each gold answer boxed, other questions' gold answers boxed, and the answer rewritten so that no string
-comparison can settle it. Hostile: one in a hundred of them comes from faults_checker.py. Every line has a fresh worker.
+    python benchmarks/checker.py MATH500.jsonl      # rows with an `answer`
+
+Ordinary: each gold answer boxed, other questions' gold answers boxed, and the answer rewritten so
+that no string comparison can tell. Hostile: one in a hundred of them comes from faults_checker.py.
+Every line has a fresh worker.
 """
 
 import json
@@ -16,15 +19,14 @@ from faults_checker import hostile_answers
 golds = [json.loads(line)["answer"] for line in Path(sys.argv[1]).open()]
 wrong = [golds[i:] + golds[:i] for i in (1, 2, 3, 4)]
 groups = {"right": golds, "wrong": wrong[0], "rewritten": [f"0 + {gold}" for gold in golds]}
-groups["ordinary mix"] = [
-    answers[i] for i in range(len(golds)) for answers in (*groups.values(), *wrong[1:])
-]
-hostile = hostile_answers()
-share = len(groups["ordinary mix"]) // 100
-groups["1 % hostile"] = [
-    hostile[i // 100 * len(hostile) // share] if i % 100 == 99 else answer
-    for i, answer in enumerate(groups["ordinary mix"])
-]
+mix = []
+for answers in zip(*groups.values(), *wrong[1:]):
+    mix += answers
+groups["ordinary mix"] = mix
+groups["1 % hostile"] = mix.copy()
+hostile, share = hostile_answers(), len(mix) // 100
+for i in range(share):
+    groups["1 % hostile"][100 * i + 99] = hostile[i * len(hostile) // share]
 for name, answers in groups.items():
     gold = [g for g in golds for _ in range(len(answers) // len(golds))]
     responses = [f"So the answer is $\\boxed{{{a}}}$." for a in answers]

@@ -40,6 +40,7 @@ import signal
 import textwrap
 import time
 import tomllib
+import traceback
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -1795,15 +1796,10 @@ def settings(cfg: Config) -> str:
 
 def main() -> int:
     """The exit code: 0, 1 for a run that could not go on, 2 for wrong input, 128 + a signal."""
-    alone = {
-        "RANK": 0,
-        "WORLD_SIZE": 1,
-        "LOCAL_RANK": 0,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": 0,
-    }
-    for name, value in alone.items():
-        os.environ.setdefault(name, str(value))  # without torchrun: one rank
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        os.environ.setdefault(name, "0")  # without torchrun: one rank
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "localhost")
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         death = 1  # PR_SET_PDEATHSIG: a rank does not outlive torchrun, keeping its GPU
         ctypes.CDLL(None).prctl(death, signal.SIGKILL)
@@ -1816,7 +1812,7 @@ def main() -> int:
         if cfg.dry_run:
             say("", dry_run(cfg))
             return 0
-        lock = lock_folder(cfg)  # held as long as this file is open
+        lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
         run = set_up(cfg)
         if found:
             load_checkpoint(run, newest_whole(run))
@@ -1829,6 +1825,10 @@ def main() -> int:
     except OSError as error:  # of a rank's own
         problem = f"rank {run.rank}, step {run.state.step}: {error}"
         return evaluation.fail("mifo.py: error", problem, 1)
+    except Exception as error:
+        traceback.print_exc()
+        problem = f"rank {run.rank}, step {run.state.step}: {type(error).__name__}: {error}"
+        return evaluation.fail("mifo.py: error", problem, 1)
     last = checkpoints(cfg.out)[-1]
     if stop:
         name = signal.Signals(stop).name
@@ -1837,7 +1837,6 @@ def main() -> int:
     say("", summary(run), "", f"model: {last / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
     run.checker.close()
     barrier(run)
-    del lock
     return 0
 
 

@@ -3810,7 +3810,7 @@ DRY_TEMPLATE = (
 
 @pytest.fixture
 def dry_folder(tmp_path, monkeypatch):
-    """A model's configuration and tokenizer, without any weights, and data in the layout of OpenR1-Math-46k."""
+    """A model's configuration and tokenizer, without weights, and rows as in OpenR1-Math-46k."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     inner = tokenizers.Tokenizer(
         tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
@@ -3863,29 +3863,10 @@ def dry_folder(tmp_path, monkeypatch):
 
 
 def dry_flags(folder, *argv):
-    return [
-        "--model",
-        str(folder / "model"),
-        "--data",
-        str(folder / "train.jsonl"),
-        "--evaluate",
-        str(folder / "test.jsonl"),
-        "--out",
-        str(folder / "run"),
-        "--generation-prefix",
-        "<think>\n",
-        "--rope-theta",
-        "40000",
-        "--max-position-embeddings",
-        "16384",
-        "--sampler",
-        "torch",
-        "--dry-run",
-        "8",
-        "--buffer-size",
-        "1",
-        *argv,
-    ]
+    common = "--rope-theta 40000 --max-position-embeddings 16384 --sampler torch --buffer-size 1"
+    paths = {"model": "model", "data": "train.jsonl", "evaluate": "test.jsonl", "out": "run"}
+    files = [f"--{name}={folder / path}" for name, path in paths.items()]
+    return [*files, "--generation-prefix", "<think>\n", "--dry-run", *common.split(), *argv]
 
 
 def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
@@ -3898,9 +3879,11 @@ def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
     )
     assert "test.jsonl: 1 questions" in text and "ends with '<|endoftext|>'" in text
     assert (
-        "\n<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+        "\n<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
         "<<<|>>>Two twos.\n</think>\n\\boxed{4}<|endoftext|>\n"
     ) in text
+    assert r"of kind math: looked for in the last \boxed{}" in text
     assert text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
     assert not (dry_folder / "run").exists() and not torch.distributed.is_initialized()
 
@@ -3922,11 +3905,6 @@ def test_dry_run_refuses_what_a_run_would_refuse(dry_folder, monkeypatch):
         with pytest.raises(ValueError, match=message):
             mifo.dry_run(recipe_config(monkeypatch, *dry_flags(dry_folder, *argv)))
         assert not torch.distributed.is_initialized()
-    with pytest.raises(ValueError, match="--questions 12 does not divide by the 8 ranks"):
-        recipe_config(monkeypatch, *dry_flags(dry_folder, "--questions", "12"))
-    monkeypatch.setenv("WORLD_SIZE", "1")  # one process plans for eight
-    with pytest.raises(ValueError, match="--questions 12 does not divide by the 8 ranks"):
-        mifo.parse_config(dry_flags(dry_folder, "--questions", "12"))
     rows = (dry_folder / "train.jsonl").read_text().splitlines()
     (dry_folder / "train.jsonl").write_text(rows[0] + "\n")
     with pytest.raises(ValueError, match="needs demonstrations"):
@@ -6181,9 +6159,9 @@ def test_the_readmes_entropy_mask_gives_the_mean_over_each_rows_least_certain_fi
 @pytest.mark.parametrize("micro_batches", [[[0, 1, 2], [3], [4, 5]], [[5, 0, 4, 2, 1, 3]]])
 def test_the_readmes_grpo_loss_steps_along_the_clipped_gradient_however_it_is_split(micro_batches):
     rewards = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
-    old = pure_rand(6, 8, seed=2) - 2
+    old = randn(6, 8, seed=2) - 2
     model = torch.nn.Module()
-    model.logprobs = torch.nn.Parameter(old + pure_rand(6, 8, seed=3, scale=0.4))
+    model.logprobs = torch.nn.Parameter(old + randn(6, 8, seed=3, scale=0.4))
     mask = torch.arange(8) < torch.tensor([8, 3, 5, 1, 7, 6])[:, None]
     start = model.logprobs.detach().clone()
     gradient = torch.zeros_like(start)

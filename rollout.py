@@ -92,14 +92,18 @@ def vllm_problem() -> str | None:
         return "vLLM's CPU build needs a processor with AVX2, which this one lacks"
     _vllm_environment()
     try:
-        from vllm import LLM  # noqa: F401  imports the engine
         from vllm.platforms import current_platform
+
+        if cuda:
+            fits = current_platform.is_cuda_alike()
+        else:
+            fits = current_platform.is_cpu() and sys.platform == "linux"
+        if fits:
+            from vllm import LLM  # noqa: F401  imports the engine itself
     except Exception as error:  # whatever it is, the PyTorch sampler does without vLLM
         reason = str(error).strip().partition("\n")[0]
         return f"importing vLLM failed ({type(error).__name__}: {reason})"
-    if cuda and current_platform.is_cuda_alike():
-        return None
-    if not cuda and current_platform.is_cpu() and sys.platform == "linux":
+    if fits:
         return None
     name = type(current_platform).__name__
     return f"the installed vLLM is not built for this machine (its platform here: {name})"

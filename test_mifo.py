@@ -2828,6 +2828,21 @@ def test_a_parent_that_is_held_up_itself_blames_no_answer():
         say(parent, "")
 
 
+def test_a_verdict_that_is_there_when_the_limit_is_over_counts(monkeypatch):
+    ready = evaluation.ready
+
+    def held_up(pipe, event, seconds):
+        """Whether the verdict had come when waiting began; only then is it given time to come."""
+        there = ready(pipe, event, 0)
+        ready(pipe, event, 20)
+        return there
+
+    with evaluation.Checker() as checker:
+        checker.check([r"\boxed{x+1}"], ["x+2"], ["math"])
+        monkeypatch.setattr(evaluation, "ready", held_up)
+        assert checker.check([r"\boxed{x^2-9}"], ["(x-3)(x+3)"], ["math"]) == ["correct"]
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_workers_end_with_their_parent(busy):
     parent, worker = checking_process(STUCK)

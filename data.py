@@ -377,18 +377,19 @@ def load_file(path: Path, folder: Path) -> tuple[datasets.Dataset, str]:
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, in one line
     try:
-        splits = datasets.load_dataset(
-            reader, data_files=glob.escape(str(path)), cache_dir=str(folder), **settings
+        files = glob.escape(str(path))  # what looks like a pattern is none
+        table = datasets.load_dataset(
+            reader, data_files=files, split="train", cache_dir=str(folder), **settings
         )
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{path}: holds no rows") from None
         if isinstance(error.__cause__, UnicodeDecodeError):
             raise ValueError(undecodable_line(path)) from None
         raise ValueError(f"{path}: not a readable {reader} file: {one_line(error)}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
-    if not splits:
-        raise ValueError(f"{path}: holds no rows")
-    return splits["train"], unit
+    return table, unit
 
 
 def starts_array(path: Path) -> bool:

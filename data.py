@@ -33,10 +33,11 @@ if torch.version.cuda is None:
 import datasets
 import jinja2
 import pyarrow
+import pyarrow.dataset
 import tokenizers
 import transformers
 
-if not sys.stderr.isatty():
+if not sys.stderr.isatty():  # in a log, bars are noise
     datasets.disable_progress_bars()
 
 # --------------------------------------------------------------------------------------------------
@@ -266,7 +267,7 @@ class Rows:
     """The rows of a source, which stay on disk. Iterating gives (index, row as a dict)."""
 
     source: str
-    table: datasets.Dataset  # the source's columns; or one column, TEXT, with a JSON text a row
+    table: datasets.Dataset  # the source's columns; or one column TEXT, a row of JSON each
     unit: str  # what a row is called: "line" of a file, "element" of an array, or "row"
     folder: Path  # for caches of what is made of these rows
     head: list[dict] = field(default_factory=list)  # the first rows
@@ -597,8 +598,9 @@ def first_text(row: dict, *names: str) -> str:
     return ""
 
 
-def example_fault(example: Example, kinds: Iterable[str] | None = None) -> str:
-    """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known."""
+def example_fault(example: Example, kinds: Iterable[str] = ()) -> str:
+    """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known, if
+    they are known."""
     question = example.messages[-1] if example.messages else {"role": "", "content": ""}
     texts = [message["content"] for message in example.messages]
     texts += [example.answer, example.solution, example.kind, example.level, example.id]
@@ -763,17 +765,20 @@ def checker_state(checker) -> tuple | None:
     if checker is None:
         return None
     version = importlib.metadata.version("math-verify")
-    return checker.extract, checker.require_think, getattr(checker, "kinds", None), version
+    return checker.extract, checker.require_think, known_kinds(checker), version
+
+
+def known_kinds(checker) -> tuple[str, ...]:
+    return tuple(getattr(checker, "kinds", ()))
 
 
 def prepare(
     examples: list[Example], tokenizer, checker, max_prompt: int, max_response: int, style: tuple
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
-    system, generation_prefix, template = style
-    kinds = getattr(checker, "kinds", None)
+    _, generation_prefix, template = style
     for example in examples:
-        example.fault = example_fault(example, kinds)
+        example.fault = example_fault(example, known_kinds(checker))
         if example.kind == "number" and not (example.fault or NUMBER.fullmatch(example.answer)):
             example.fault = "gold answer cannot be parsed"
 

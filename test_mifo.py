@@ -4824,29 +4824,26 @@ def test_probe_stops_a_run_whose_weights_do_not_arrive(loop_found):
 
 @pytest.fixture(scope="session")
 def loop_gsm8k(tmp_path_factory):
-    """48 real questions, those with the shortest solutions, and a random Qwen2 with a BPE tokenizer trained on them."""
+    """48 real questions, those with the shortest solutions, and a random Qwen2 with a BPE tokenizer
+    trained on them."""
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is absent")
-    import tokenizers
-
     folder = tmp_path_factory.mktemp("gsm8k")
-    rows = sorted(
-        map(json.loads, GSM8K.read_text().splitlines()),
-        key=lambda r: len(r["question"] + r["answer"]),
-    )[:48]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.train_from_iterator(
-        [row["question"] + "\n" + row["answer"] for row in rows],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=700,
-            special_tokens=["<pad>", "<eos>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    rows = sorted(rows, key=lambda row: len(row["question"] + row["answer"]))[:48]
+    write_rows(folder / "questions.jsonl", rows)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    texts = [row["question"] + "\n" + row["answer"] for row in rows]
+    inner.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
     )
     loop_model(folder / "model", 7, tokenizer, initializer_range=0.02)
@@ -4857,56 +4854,21 @@ def loop_gsm8k(tmp_path_factory):
 def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
     loop_needs_vllm()
     folder, out = loop_gsm8k, loop_gsm8k / f"run-{world}"
-    process = loop_command(
-        [
-            "--model",
-            folder / "model",
-            "--data",
-            folder / "questions.jsonl",
-            "--out",
-            out,
-            "--sampler",
-            "vllm",
-            "--questions",
-            4,
-            "--samples",
-            4,
-            "--steps",
-            2,
-            "--buffer-size",
-            4,
-            "--sft-batch",
-            2,
-            "--p",
-            0.125,
-            "--max-prompt",
-            120,
-            "--max-response",
-            100,
-            "--kv-cache-gib",
-            0.1,
-            "--max-num-seqs",
-            16,
-            "--micro-tokens",
-            600,
-            "--rl-lr",
-            1e-3,
-            "--sft-lr",
-            1e-3,
-        ],
-        folder,
-        world,
-    )
+    flags = (
+        "--sampler vllm --questions 4 --samples 4 --steps 2 --p 0.125 --max-prompt 120 "
+        "--max-response 100 --buffer-size 4 --sft-batch 2 --kv-cache-gib 0.1 --max-num-seqs 16 "
+        "--micro-tokens 600 --rl-lr 1e-3 --sft-lr 1e-3"
+    ).split()
+    flags += ["--model", folder / "model", "--data", folder / "questions.jsonl", "--out", out]
+    process = loop_command(flags, folder, world)
     stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, (stdout[-1500:], stderr[-1500:])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["rl", "sft", "sft", "rl", "sft", "sft"]
-    assert all(
-        math.isfinite(v) for line in lines for v in line.values() if isinstance(v, (int, float))
-    )
-    assert (
-        0.49 < lines[0]["sft/frozen_share"] <= 0.5 or lines[0]["reward"] == 0
-    )  # without a reward nothing has moved
+    for line in lines:
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, (int, float)))
+    # Without a reward nothing has moved.
+    assert 0.49 < lines[0]["sft/frozen_share"] <= 0.5 or lines[0]["reward"] == 0
     sft = [line for line in lines if line["phase"] == "sft"]
     assert all(line["sft/loss"] > 0 and line["sft/grad_norm"] > 0 for line in sft)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -4914,9 +4876,8 @@ def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
     asked = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     for s in samples:
         row = asked[int(s["id"])]
-        assert row["question"] in s["prompt"] and s["answer"] == row["answer"].rpartition("#### ")[
-            2
-        ].replace(",", "")
+        gold = row["answer"].rpartition("#### ")[2].replace(",", "")
+        assert row["question"] in s["prompt"] and s["answer"] == gold
     assert (out / "plot.png").stat().st_size > 1000 and (out / "config.json").exists()
     last = loop_checkpoints(out)[-1]
     assert len(list(last.glob("shard-*"))) == world
@@ -4926,10 +4887,8 @@ def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
     for name, p in model.named_parameters():
         assert torch.equal(p, moved[name].to(p.dtype))
     prompt = tokenizer(samples[0]["prompt"], return_tensors="pt")
-    assert (
-        model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1]
-        > prompt.input_ids.shape[1]
-    )
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > prompt.input_ids.shape[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

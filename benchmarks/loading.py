@@ -28,8 +28,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 WORDS = (
-    "we have that the sum of each term is so let x be an integer then wait check again therefore since if "
-    "$x^2+1$ $\\frac{a}{b}$ $n-1$ \\sqrt{3} 12 7 100 \\cdot + = angle triangle divided by modulo hence"
+    "we have that the sum of each term is so let x be an integer then wait check again therefore "
+    "since if $x^2+1$ $\\frac{a}{b}$ $n-1$ \\sqrt{3} 12 7 100 \\cdot + = angle triangle divided by "
+    "modulo hence"
 ).split()
 
 

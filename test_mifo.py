@@ -1389,7 +1389,8 @@ def test_pick_at_temperature_zero_is_greedy():
 SHARED_DATA = path if (path := ROOT.parent / "shared" / "data").is_dir() else None
 DATA_SYSTEM = "Think first. Put the answer into \\boxed{}."
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -1857,8 +1858,10 @@ def test_a_changed_file_is_never_answered_from_the_cache(chat_tokenizer, tmp_pat
         b'\n{"question": "q", "answer": "1"}\n  \n'
         b'{"question": "r", "answer": "2", "more": [1, {"a": null}]}',
         b'\xef\xbb\xbf\r\n{"answer": 1, "question": "q"}\r\n{"question": "r", "answer": 2}',
-        b'{"question": "q", "answer": 1}\n\xef\xbb\xbf{"question": "r\xe2\x80\xa8\xc2\x85", "answer": 2}',
-        b'{"question": "q", "answer": 1, "when": "2024-01-01"}\n{"question": "r", "answer": "2", "when": 3}',
+        b'{"question": "q", "answer": 1}\n'
+        b'\xef\xbb\xbf{"question": "r\xe2\x80\xa8\xc2\x85", "answer": 2}',
+        b'{"question": "q", "answer": 1, "when": "2024-01-01"}\n'
+        b'{"question": "r", "answer": "2", "when": 3}',
     ],
 )
 def test_jsonl_may_have_byte_order_marks_any_line_ends_and_mixed_types(
@@ -1880,7 +1883,7 @@ def test_jsonl_may_have_byte_order_marks_any_line_ends_and_mixed_types(
      r"a\.jsonl: line 3 is not readable JSON: Expecting value$"),
     ("a.jsonl", b'{"question": "q"}\n[1, 2]\n', "line 2 is a list, not an object like"),
     ("a.jsonl", b'"text"\n', "line 1 is a str, not an object"),
-    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl: line 2 is not readable JSON: 'utf-8' codec"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2 is not readable JSON: 'utf-8' codec"),
     ("a.jsonl", b"[" * 10**6, "line 1 is not readable JSON"),
     ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not readable JSON"),
     ("a.json", b'[{"a": 1},\n{"a"}]', "array is not readable.*line 2"),

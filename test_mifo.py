@@ -1420,7 +1420,8 @@ GSM8K_ROWS = [
 ]
 MATH_ROWS = [
     {"problem": "Half of $x$?", "solution": "It is $\\boxed{\\frac{x}{2}}$.",
-     "answer": "\\frac{x}{2}", "subject": "Algebra", "level": 3, "unique_id": "test/algebra/1.json"},
+     "answer": "\\frac{x}{2}", "subject": "Algebra", "level": 3,
+     "unique_id": "test/algebra/1.json"},
     {"problem": "$2^3$?", "solution": "$\\boxed{8}$",
      "answer": "8", "subject": "Algebra", "level": 1, "unique_id": "test/algebra/2.json"},
 ]

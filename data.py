@@ -1,34 +1,47 @@
-"""Questions with their demonstrations, the embedded task with its base model, and token-budget micro-batches."""
+"""Questions and demonstrations: batches, prompts, rows of files and the Hub, the embedded task.
 
+questions = load_questions("rows.jsonl", tokenizer, max_prompt=1024, max_response=8192)
+print(questions.report())
+pairs = [(questions[i].prompt, questions[i].demonstration) for i in demonstrated(questions)]
+batch = collate(pairs[:8], tokenizer.pad_token_id)
+"""
+
+import glob
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
-import os
 import random
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 if torch.version.cuda is None:
-    # Builds of these for CUDA, which a CPU-only vLLM draws in, fail on import beside a CPU build of torch and take
-    # transformers with them. Nothing here looks at images or listens to sound.
+    # A CPU-only vLLM draws in builds of these for CUDA, which fail on import beside a CPU build of
+    # torch, and transformers with them. Nothing here looks at images or listens to sound.
     for name in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(name, None)
 
 import datasets
 import jinja2
-import pyarrow.parquet
+import pyarrow
+import pyarrow.dataset
 import tokenizers
 import transformers
-from tqdm import tqdm
+
+if not sys.stderr.isatty():  # in a log, bars are noise
+    datasets.disable_progress_bars()
+
+# --------------------------------------------------------------------------------------------------
+# Questions, and batches of them
 
 
 @dataclass
@@ -36,282 +49,115 @@ class Question:
     id: str  # stable over runs and world sizes
     prompt: list[int]  # token ids exactly as the model sees them
     answer: str  # the gold answer
-    demonstration: (
-        list[int] | None
-    )  # token ids of an expert's response with its end-of-text token; None: there is none
+    # Token ids of an expert's response with its end-of-text token; None: there is none.
+    demonstration: list[int] | None
     level: str = ""  # difficulty or category, for reports
-    kind: str = "math"  # how an answer is checked: math | number | choice | countdown | chain
-    behavior_logprobs: list[float] | None = (
-        None  # of the demonstration's tokens, under the model that wrote it
-    )
+    kind: str = "math"  # how an answer is checked, see eval.py
+    # Of the demonstration's tokens, under the model that wrote it.
+    behavior_logprobs: list[float] | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows of a file or a Hub dataset
+def draw(length: int, seed: int, start: int, count: int) -> list[int]:
+    """Indices start to start + count of an endless stream over range(length).
 
-
-def _cached(cache_dir, name: str, write: Callable[[Path], object]) -> Path:
-    """The file that write(path) makes in cache_dir, or an earlier run (or rank 0) has made; whole or not at all."""
-    path = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "mifo") / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{os.getpid()}")
-        try:
-            write(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    return path
-
-
-def _stamp(path: Path) -> str:
-    return _digest(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-
-
-def _digest(*parts) -> str:
-    return hashlib.sha256(repr(parts).encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def _parse(line: bytes, where: str) -> dict:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if (
-            b"\\ud" in line or b"\\uD" in line
-        ):  # half a surrogate pair is legal JSON but no text that a tokenizer takes
-            json.dumps(row, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not readable JSON: {getattr(error, 'msg', error)}") from None
-    if not isinstance(row, dict):
-        raise ValueError(
-            f'{where} is a {type(row).__name__}, not an object like {{"question": ..., "answer": ...}}'
-        )
-    return row
-
-
-class JsonRows(Sequence):
-    """The rows of a JSONL file as dicts. Text stays on disk; where its lines begin is kept in memory.
-
-    Arrow would need one type a column and would turn dates and long integers into something else, so rows are read by
-    Python's json (no slower: nearly all the bytes are long strings). Opening reads every line once, and names the first
-    that is not JSON. Blank lines, a byte order mark and CRLF are fine.
+    Each pass of the stream is a new permutation: draw(3, seed=0, start=0, count=7) is
+    [2, 0, 1, 1, 2, 0, 0], and draw(3, seed=0, start=4, count=2) is [2, 0].
     """
-
-    def __init__(self, path: Path, cache_dir=None):
-        self.path = path
-        self.fingerprint = _stamp(path)
-        index = json.loads(
-            _cached(cache_dir, f"rows-{self.fingerprint}.json", self._index).read_text()
-        )
-        self.starts, self.column_names = index["starts"], index["columns"]
-
-    def _index(self, part: Path) -> None:
-        starts, columns, end = [], {}, 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                start, end = end, end + len(line)
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    columns |= dict.fromkeys(_parse(line, f"{self.path}: line {number}"))
-                    starts.append(start)
-        part.write_text(json.dumps({"starts": starts, "columns": list(columns)}))
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> dict:
-        with self.path.open("rb") as file:
-            file.seek(self.starts[i])
-            return _parse(file.readline(), f"{self.path}: row {i}")
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, first = divmod(start + len(indices), length)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        permutation = torch.randperm(length, generator=generator).tolist()
+        indices += permutation[first : first + count - len(indices)]
+    return indices
 
 
-def _array_as_lines(path: Path, cache_dir) -> Path:
-    """A .json file that is one array, as JSONL in the cache; the path itself if it holds one object a line."""
-    with path.open("rb") as file:
-        if not re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(64)):
-            return path
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the array is not readable JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: element {number} is a {type(row).__name__}, not an object")
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    return _cached(cache_dir, f"array-{_digest(text)}.jsonl", lambda part: part.write_text(text))
+def collate(rows: list[tuple[list[int], list[int]]], pad_id: int, **extras) -> dict[str, Tensor]:
+    """(prompt, response) pairs as right-padded tokens [B, T], and mask [B, T-1].
 
+    mask is True where the next token is response:
 
-def load_rows(
-    source: str,
-    split: str | None = None,
-    config: str | None = None,
-    revision: str | None = None,
-    cache_dir=None,
-) -> Sequence:
-    """The rows of `path.jsonl`, `path.json` (lines, or one array), `path.parquet` or the Hub dataset `owner/name`.
+        collate([([5, 6], [7, 8, 9]), ([5], [7, 8])], pad_id=0)
+        tokens  [[5, 6, 7, 8, 9],    mask  [[False, True, True, True],
+                 [5, 7, 8, 0, 0]]           [True, True, False, False]]
 
-    A sequence of dicts with .column_names that stays on disk: JsonRows, or a memory-mapped datasets.Dataset. split is
-    "train" unless given. Raises ValueError, one line, on whatever cannot be read.
+    Masks come from lengths, never from token ids, so a pad token that doubles as end-of-text is
+    harmless; and as padding stands only on the right, causal attention never sees it.
+    Each extra holds for every row one value per response token (None: zeros), and becomes float32
+    [B, T-1] aligned with the mask: behavior=[[-.1, -.2, -.3], None] above would become
+    [[0, -.1, -.2, -.3], [0, 0, 0, 0]].
     """
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        if split or config or revision:
-            raise ValueError(
-                f"{source}: split, config and revision are for Hub datasets, not for a file"
-            )
-        if not path.is_file():
-            raise ValueError(f"{source}: no such file")
-        if path.suffix == ".parquet":
-            rows = _parquet_rows(path, cache_dir)
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = torch.full((len(rows), width), pad_id)  # [B, T]
+    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)  # [B, T-1]
+    aligned = {key: torch.zeros(len(rows), width - 1) for key in extras}
+    for i, (prompt, response) in enumerate(rows):
+        length = len(prompt) + len(response)
+        tokens[i, :length] = torch.tensor(prompt + response)
+        predicts_response = slice(len(prompt) - 1, length - 1)
+        mask[i, predicts_response] = True
+        for key, values in extras.items():
+            if values[i] is not None:
+                aligned[key][i, predicts_response] = torch.as_tensor(values[i], dtype=torch.float32)
+    return {"tokens": tokens, "mask": mask, **aligned}
+
+
+def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
+    """Rows, sorted by length, into the fewest micro-batches of at most `budget` padded tokens.
+
+    Returns lists of row indices, a multiple of `world` of them: one a rank for each round.
+
+        pack([2, 9, 3, 4, 8, 3], budget=12, world=2)
+        [[1], [4], [3, 2], [5, 0]]    # of 9, 8, 2 * 4 and 2 * 3 padded tokens
+
+    All are as equal in padded size as sorted rows allow, and some may be empty. A row longer than
+    the budget is alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+    def cut(cap: int) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for index in order:
+            # The first row of a part is its longest, to which the others are padded.
+            if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= cap:
+                parts[-1].append(index)
+            else:
+                parts.append([index])
+        return parts
+
+    needed = max(len(cut(budget)), 1)
+    count = math.ceil(needed / world) * world
+    # Bisection for the smallest cap that still makes at most `count` micro-batches.
+    low, high = 1, max([budget, *lengths])
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(middle)) <= count:
+            high = middle
         else:
-            rows = JsonRows(
-                _array_as_lines(path, cache_dir) if path.suffix == ".json" else path, cache_dir
-            )
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
-        try:
-            rows = datasets.load_dataset(
-                source, config, split=split or "train", revision=revision, cache_dir=cache_dir
-            )
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(
-                f"{source}: not loaded from the Hub: {' '.join(str(error).split())}; right would be an "
-                "owner/name that is there and reachable, or a .jsonl or .parquet file"
-            ) from None
-    else:
-        raise ValueError(
-            f"{source}: neither a .jsonl, .json or .parquet file nor a Hub dataset owner/name"
-        )
-    if not len(rows):
-        raise ValueError(f"{source}: holds no rows")
-    return rows
+            low = middle + 1
+    parts = cut(low)
+    return parts + [[] for _ in range(count - len(parts))]
 
 
-def _parquet_rows(path: Path, cache_dir) -> datasets.Dataset:
-    """By way of a copy in Arrow's own format, which can be memory-mapped.
-
-    Made in small batches, without reading ahead: memory stays small even if the file is one row group.
-    """
-
-    def write(part):
-        with (
-            pyarrow.OSFile(str(part), "wb") as sink,
-            pyarrow.ipc.new_stream(sink, file.schema_arrow) as stream,
-        ):
-            for batch in file.iter_batches(batch_size=256):
-                stream.write_batch(batch)
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, memory_map=True) as file:
-            return datasets.Dataset.from_file(
-                str(_cached(cache_dir, f"rows-{_stamp(path)}.arrow", write))
-            )
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: not a readable parquet file: {' '.join(str(error).split())}"
-        ) from None
+# --------------------------------------------------------------------------------------------------
+# Prompts and demonstrations as the model sees them
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts: what is asked, its answer, its demonstration
-
-
-def _text(value) -> str:
-    """A cell as text: numbers are written out; null, NaN and whatever is not text are empty."""
-    if isinstance(value, str):
-        return value
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    return str(value) if number else ""
-
-
-def _messages(value) -> list[dict]:
-    """A cell as chat messages, [] unless it is a list of {role, content} with text in it; text alone is the user's."""
+def chat_messages(value) -> list[dict]:
+    """A cell as chat messages; text alone is the user's. [] unless each has role and content."""
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
-    good = (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in value
-        )
-    )
-    return [{"role": m["role"], "content": m["content"]} for m in value] if good else []
-
-
-def row_reader(
-    rows: Sequence,
-    source: str,
-    question_field: str | None = None,
-    answer_field: str | None = None,
-    solution_field: str | None = None,
-) -> Callable[[dict], tuple[list[dict], str, str, str]]:
-    """A function row -> (messages, gold, demonstration, kind), "" where the row has none, for the layout of the rows.
-
-    Fields given by name come first; else the columns decide: `prompt` and `reward_model` (`target` optional) are chat
-    messages as in OpenR1-Math-46k; `problem` or `question`, and `answer` (`solution` optional), are MATH and its like.
-    Where answers end in `#### N` they are worked solutions (GSM8K): gold is N without commas, the answer demonstrates.
-    A column `kind` says how the answer of a row is checked (KINDS); else it is number for worked solutions, or math.
-    Raises ValueError with the columns found.
-    """
-    columns = list(rows.column_names)
-    found = " ".join(", ".join(columns).split())[:300]
-    fields = "--question-field, --answer-field and, for demonstrations, --solution-field"
-    if question_field or answer_field or solution_field:
-        if not (question_field and answer_field):
-            raise ValueError(
-                "--question-field and --answer-field are needed together; --solution-field is optional"
-            )
-        missing = [
-            f for f in (question_field, answer_field, solution_field) if f and f not in columns
-        ]
-        if missing:
-            raise ValueError(
-                f"{source}: no column {', '.join(missing)}; found {found} (see {fields})"
-            )
-    elif {"prompt", "reward_model"} <= set(columns):
-        return _read_chat
-    else:
-        question_field = next((f for f in ("problem", "question") if f in columns), None)
-        answer_field, solution_field = "answer", "solution"
-        if not question_field or answer_field not in columns:
-            raise ValueError(
-                f"{source}: no known layout; found {found}; name the columns by {fields}"
-            )
-    worked = any("####" in _text(rows[i].get(answer_field)) for i in range(min(20, len(rows))))
-
-    def read(row):
-        answer, solution = _text(row.get(answer_field)), _text(row.get(solution_field))
-        messages = _messages(_text(row.get(question_field)))
-        if not worked:
-            return messages, answer.strip(), solution, _text(row.get("kind")) or "math"
-        return (
-            messages,
-            _after_hashes(answer),
-            solution or answer,
-            _text(row.get("kind")) or "number",
-        )
-
-    return read
-
-
-def _read_chat(row: dict) -> tuple[list[dict], str, str, str]:
-    reward, target = row.get("reward_model"), _messages(row.get("target"))
-    gold = _text(reward.get("ground_truth")) if isinstance(reward, dict) else ""
-    return (
-        _messages(row.get("prompt")),
-        gold.strip(),
-        target[0]["content"] if target else "",
-        "math",
-    )
-
-
-def _after_hashes(text: str) -> str:
-    """N of a last `#### N`, without its thousands commas; "" if there is none."""
-    return text.rpartition("####")[2].strip().replace(",", "") if "####" in text else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts and demonstrations as the model sees them
+    if not isinstance(value, list):
+        return []
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return []
+        role, content = message.get("role"), message.get("content")
+        if not (isinstance(role, str) and isinstance(content, str)):
+            return []
+        messages.append({"role": role, "content": content})
+    return messages
 
 
 def prompt_text(
@@ -326,12 +172,13 @@ def prompt_text(
         raise ValueError(f"--template must be auto, chat or plain, not {template}")
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError("--template chat: this tokenizer has no chat template; use plain, or auto")
-    messages = _messages(question)
+    messages = chat_messages(question)
     if system is not None:
-        messages = [m for m in messages if m["role"] != "system"]
-        messages = ([{"role": "system", "content": system}] if system else []) + messages
+        messages = [message for message in messages if message["role"] != "system"]
+    if system:
+        messages = [{"role": "system", "content": system}] + messages
     if template == "plain" or not tokenizer.chat_template:
-        before = "".join(m["content"] + "\n\n" for m in messages[:-1])
+        before = "".join(message["content"] + "\n\n" for message in messages[:-1])
         text = f"{before}Question: {messages[-1]['content']}\nAnswer:\n"
     else:
         try:
@@ -355,272 +202,477 @@ def render_prompt(
 ) -> list[int]:
     """The prompt's token ids, exactly as the model sees them.
 
-    template: "chat" is the tokenizer's own; "plain" is "Question: ...\\nAnswer:\\n", for base models, after the system
-    prompt and a blank line if there is one; "auto" is chat where the tokenizer has a chat template.
-    system: None keeps the data's own system prompt, "" drops it (the chat template may then put its own default, as
-    Qwen's do), any other text takes its place.
-    generation_prefix ends the prompt (`<think>\\n`), once: nothing is added if the chat template writes it already.
-    A chat template writes its own begin-of-text token; a plain prompt gets one if the tokenizer adds it by default.
+    template: "chat" is the tokenizer's own; "plain" is "Question: ...\\nAnswer:\\n", for base
+    models, after the system prompt and a blank line if there is one; "auto" is chat where the
+    tokenizer has a chat template.
+    system: None keeps the data's own system prompt, "" drops it (the chat template may then put
+    its own default, as Qwen's do), any other text takes its place.
+    generation_prefix ends the prompt (`<think>\\n`), once: nothing is added if the chat template
+    writes it already.
+    A chat template writes its own begin-of-text token; a plain prompt gets one if the tokenizer
+    adds it by default.
     """
     text = prompt_text(tokenizer, question, system, generation_prefix, template)
-    return _bos(tokenizer, template) + _encode(tokenizer, [text])[0]
+    return begin_of_text(tokenizer, template) + encode(tokenizer, [text])[0]
 
 
-def response_text(tokenizer, demonstration: str, prompt: str, generation_prefix: str = "") -> str:
-    """The demonstration less what ends the prompt already (generation_prefix or `<think>\\n`), and less end-of-text.
+def response_text(tokenizer, solution: str, prompt: str, generation_prefix: str = "") -> str:
+    """The solution less what ends the prompt already (generation_prefix or `<think>\\n`), and less
+    a last end-of-text token.
 
-    It is tokenised apart from the prompt: the policy, too, goes on from the prompt's own tokens, so no token may reach
-    over the seam. (Hence also the plain template's newline: a response's first word then needs no space before it.)
+    It is tokenised apart from the prompt: the policy, too, goes on from the prompt's own tokens, so
+    no token may reach over the seam. (Hence also the plain template's newline: a response's first
+    word then needs no space before it.)
     """
     for prefix in (generation_prefix, "<think>\n"):
-        if prefix and prompt.endswith(prefix) and demonstration.startswith(prefix):
-            demonstration = demonstration[len(prefix) :]
+        if prefix and prompt.endswith(prefix) and solution.startswith(prefix):
+            solution = solution[len(prefix) :]
             break
-    ended = demonstration.rstrip()
-    return (
-        ended.removesuffix(tokenizer.eos_token)
-        if ended.endswith(tokenizer.eos_token)
-        else demonstration
-    )
+    ended = solution.rstrip()
+    if ended.endswith(tokenizer.eos_token):
+        return ended.removesuffix(tokenizer.eos_token)
+    return solution
 
 
-def _bos(tokenizer, template: str) -> list[int]:
+def begin_of_text(tokenizer, template: str) -> list[int]:
     if template != "plain" and tokenizer.chat_template:
         return []
     first = tokenizer("").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    ).input_ids
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens added.
 
-
-def _lengths(tokenizer, texts: list[str]) -> list[int]:
-    """Tokens of each text, counted on all cores without the records of where each token began."""
+    Twice as fast as tokenizer(texts), and in much less memory: it does not record where in the text
+    each token stood.
+    """
     if not tokenizer.is_fast:
-        return list(map(len, _encode(tokenizer, texts)))
-    return list(
-        map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of a file or a Hub dataset
+
+FILES = (".jsonl", ".json", ".parquet")
+HEAD = 100  # rows whose columns decide what the layout is
+
+
+@dataclass
+class Rows:
+    """The rows of a source, which stay on disk. Iterating gives (index, row as a dict)."""
+
+    source: str
+    table: datasets.Dataset  # the source's columns; or one column TEXT, a row of JSON each
+    unit: str  # what a row is called: "line" of a file, "element" of an array, or "row"
+    folder: Path  # for caches of what is made of these rows
+    head: list[dict] = field(default_factory=list)  # the first rows
+
+    TEXT = "json"
+
+    def name(self, index: int) -> str:
+        """`line 3` as an editor counts, or `row 2` as datasets does."""
+        return f"row {index}" if self.unit == "row" else f"{self.unit} {index + 1}"
+
+    def place(self, index: int) -> str:
+        return f"{self.source}: {self.name(index)}"
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        start = 0
+        for batch in self.table.iter(HEAD):
+            indices = range(start, min(start + HEAD, len(self.table)))
+            yield from self.decode(batch, indices)
+            start += HEAD
+
+    def decode(self, batch: dict[str, list], indices: Iterable[int]) -> Iterator[tuple[int, dict]]:
+        """(index, row) of a batch of the table; blank lines are left out."""
+        if self.unit == "row":
+            columns = list(batch.keys())
+            cells = [batch[column] for column in columns]
+            for index, *values in zip(indices, *cells):
+                yield index, dict(zip(columns, values))
+        else:
+            for index, text in zip(indices, batch[self.TEXT]):
+                text = text.strip("\ufeff \t")
+                if text:
+                    yield index, parse_row(text, self.place(index))
+
+
+def parse_row(text: str, place: str) -> dict:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"{place} is not readable JSON: {reason}") from None
+    if not isinstance(row, dict):
+        right = '{"question": ..., "answer": ...}'
+        raise ValueError(f"{place} is a {type(row).__name__}, not an object like {right}")
+    return row
+
+
+def load_rows(
+    source: str, split: str = "", config: str = "", revision: str = "", cache_dir=None
+) -> Rows:
+    """The rows of `path.jsonl`, `path.json` (lines, or one array), `path.parquet` or the Hub
+    dataset `owner/name`. Raises ValueError, one line, on whatever cannot be read.
+
+    JSON is read by Python's json, row by row: datasets' own reader wants one type a column, and
+    would make a timestamp of an answer "2024-01-01". split is "train" unless given.
+    """
+    path = Path(source)
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "mifo")
+    if path.suffix in FILES:
+        if split or config or revision:
+            raise ValueError(
+                f"{source}: split, config and revision are for Hub datasets, not for a file"
+            )
+        if not path.is_file():
+            raise ValueError(f"{source}: no such file")
+        stat = path.stat()
+        folder = folder / digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+        table, unit = load_file(path, folder)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
+        try:
+            table = datasets.load_dataset(
+                source,
+                config or None,
+                split=split or "train",
+                revision=revision or None,
+                cache_dir=cache_dir,
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{source}: not loaded from the Hub: {one_line(error)}; right would be an "
+                "owner/name that is there and reachable, or a .jsonl or .parquet file"
+            ) from None
+        unit = "row"
+    else:
+        raise ValueError(
+            f"{source}: neither a .jsonl, .json or .parquet file nor a Hub dataset owner/name"
+        )
+    rows = Rows(source, table, unit, folder=folder)
+    rows.head = [row for _, row in itertools.islice(rows, HEAD)]
+    if not rows.head:
+        raise ValueError(f"{source}: holds no rows")
+    return rows
+
+
+def load_file(path: Path, folder: Path) -> tuple[datasets.Dataset, str]:
+    """(table, unit) of Rows, the table memory-mapped from a copy in folder."""
+    text = datasets.Features({Rows.TEXT: datasets.Value("string")})
+    if path.suffix == ".json" and starts_array(path):
+        texts = [json.dumps(element) for element in read_array(path)]
+        return datasets.Dataset.from_dict({Rows.TEXT: texts}, features=text), "element"
+    if path.suffix == ".parquet":
+        # Small batches, not read ahead: memory stays small even if the file is one row group.
+        options = pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False)
+        reader, unit = "parquet", "row"
+        settings = {"batch_size": 256, "fragment_scan_options": options}
+    else:
+        reader, unit = "text", "line"
+        settings = {"encoding": "utf-8-sig", "features": text}
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, in one line
+    try:
+        files = glob.escape(str(path))  # what looks like a pattern is none
+        table = datasets.load_dataset(
+            reader, data_files=files, split="train", cache_dir=str(folder), **settings
+        )
+    except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{path}: holds no rows") from None
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise ValueError(undecodable_line(path)) from None
+        raise ValueError(f"{path}: not a readable {reader} file: {one_line(error)}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+    return table, unit
+
+
+def starts_array(path: Path) -> bool:
+    with path.open("rb") as file:
+        return re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(64)) is not None
+
+
+def read_array(path: Path) -> list:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the array is not readable JSON: {error}") from None
+
+
+def undecodable_line(path: Path) -> str:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}: line {number} is not readable JSON: {error}"
+    return f"{path}: not UTF-8"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------
+# Layouts: what a row asks, its answer, its demonstration
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+LETTERS = "ABCDEFGHIJ"
+PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
+
+
+@dataclass
+class Example:
+    """What a row says, whatever its layout; of a row without it, a text is "" and a list empty."""
+
+    index: int  # of the row
+    messages: list[dict]  # the question as chat messages
+    answer: str  # gold
+    solution: str  # an expert's response
+    kind: str
+    level: str
+    id: str
+    behavior_logprobs: object = None
+    # What prepare adds:
+    fault: str = ""  # why the row cannot be used
+    prompt: list[int] | None = None
+    demonstration: list[int] | None = None
+
+    @property
+    def system(self) -> str | None:
+        for message in self.messages:
+            if message["role"] == "system":
+                return message["content"]
+        return None
+
+
+def row_reader(
+    rows: Rows, question_field: str = "", answer_field: str = "", solution_field: str = ""
+) -> Callable[[int, dict], Example]:
+    """The function (index, row) -> Example for the layout of these rows.
+
+    Fields given by name come first; else the columns decide: `prompt` and `reward_model` (`target`
+    optional) are chat messages as in OpenR1-Math-46k; `problem` or `question`, and `answer`
+    (`solution` optional), are MATH and its like. read_chat and read_fields say what else is read.
+    Raises ValueError with the columns found.
+    """
+    columns = dict.fromkeys(itertools.chain(*rows.head))
+    found = " ".join(", ".join(columns).split())[:300]
+    flags = "--question-field, --answer-field and, for demonstrations, --solution-field"
+    questions: tuple[str, ...] = ("problem", "question")
+    if question_field or answer_field or solution_field:
+        if not (question_field and answer_field):
+            raise ValueError(
+                "--question-field and --answer-field are needed together; "
+                "--solution-field is optional"
+            )
+        named = (question_field, answer_field, solution_field)
+        missing = [name for name in named if name and name not in columns]
+        if missing:
+            raise ValueError(
+                f"{rows.source}: no column {', '.join(missing)}; found {found} (see {flags})"
+            )
+        questions = (question_field,)
+    elif "prompt" in columns and "reward_model" in columns:
+        return read_chat
+    elif "answer" in columns and ("problem" in columns or "question" in columns):
+        answer_field, solution_field = "answer", "solution"
+    else:
+        raise ValueError(
+            f"{rows.source}: no known layout; found {found}; name the columns by {flags}"
+        )
+    worked = [row for row in rows.head if "####" in answer_text(row.get(answer_field))]
+    mostly_worked = 2 * len(worked) > len(rows.head)
+
+    def read(index: int, row: dict) -> Example:
+        return read_fields(index, row, questions, answer_field, solution_field, mostly_worked)
+
+    return read
+
+
+def read_chat(index: int, row: dict) -> Example:
+    """A row of chat messages with its gold answer in reward_model, as verl has them."""
+    reward, target = row.get("reward_model"), chat_messages(row.get("target"))
+    gold = reward.get("ground_truth") if isinstance(reward, dict) else None
+    return Example(
+        index=index,
+        messages=chat_messages(row.get("prompt")),
+        answer=answer_text(gold).strip(),
+        solution=target[0]["content"] if target else "",
+        kind=cell_text(row.get("kind")) or "math",
+        level=first_text(row, "level", "category", "subject"),
+        id=cell_text(row.get("unique_id")) or str(index),
+        behavior_logprobs=row.get("behavior_logprobs"),
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
+def read_fields(
+    index: int,
+    row: dict,
+    questions: tuple[str, ...],
+    answer_field: str,
+    solution_field: str,
+    mostly_worked: bool,
+) -> Example:
+    """A row of question, answer and, in some, solution; `context` stands before the question.
+
+    Options of a multiple choice are lettered, with the instruction PICK after them.
+    """
+    question = first_text(row, *questions)
+    answer, kind = gold_and_kind(row, answer_field, mostly_worked)
+    written = answer_text(row.get(answer_field))
+    worked = written if "####" in written else ""
+    context, options, fault = cell_text(row.get("context")), row.get("options"), ""
+    if question and context:
+        question = f"{context}\n{question}"
+    if kind == "choice" and options:
+        if isinstance(options, list) and len(options) <= len(LETTERS):
+            lettered = [f"\n{letter}. {option}" for letter, option in zip(LETTERS, options)]
+            question += "\n" + "".join(lettered) + PICK
+        else:
+            fault = f"options are no list of at most {len(LETTERS)}"
+    return Example(
+        index=index,
+        messages=chat_messages(question),
+        answer=answer,
+        solution=cell_text(row.get(solution_field)) or worked,
+        kind=kind,
+        level=first_text(row, "level", "category", "subject"),
+        id=cell_text(row.get("unique_id")) or str(index),
+        behavior_logprobs=row.get("behavior_logprobs"),
+        fault=fault,
+    )
 
 
-KINDS = (
-    "math",
-    "number",
-    "choice",
-    "countdown",
-)  # of the answers in files and Hub datasets, as eval.py checks them
+def gold_and_kind(row: dict, field: str, mostly_worked: bool = False) -> tuple[str, str]:
+    """(gold answer, how answers are checked against it) of a row; gold is "" if there is none.
+
+    Of a worked solution that ends in `#### N` (GSM8K) gold is N without its thousands commas, and
+    where most rows are such, a row without `####` has no gold. A column `kind` says how answers are
+    checked; else it is choice where there are options, number for N, and math.
+    """
+    written = answer_text(row.get(field))
+    _, hashes, result = written.rpartition("####")
+    if hashes:
+        gold = re.sub(r",(?=\d{3})", "", result.strip())
+    else:
+        gold = "" if mostly_worked else written.strip()
+    kind = cell_text(row.get("kind"))
+    if not kind:
+        kind = "choice" if row.get("options") else "number" if hashes else "math"
+    return gold, kind
+
+
+def cell_text(value) -> str:
+    """A cell as text: numbers are written out; null, NaN and whatever is not text are empty."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # AMC's answers are stored as floats
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return str(value) if is_number and value == value else ""
+
+
+def answer_text(value) -> str:
+    """A gold answer as text; a list is several answers, joined by commas."""
+    if not isinstance(value, list):
+        return cell_text(value)
+    answers = [cell_text(answer) for answer in value]
+    return ", ".join(answers) if all(answers) else ""
+
+
+def first_text(row: dict, *names: str) -> str:
+    for name in names:
+        if text := cell_text(row.get(name)):
+            return text
+    return ""
+
+
+def example_fault(example: Example, kinds: Iterable[str] = ()) -> str:
+    """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known, if
+    they are known."""
+    question = example.messages[-1] if example.messages else {"role": "", "content": ""}
+    texts = [message["content"] for message in example.messages]
+    texts += [example.answer, example.solution, example.kind, example.level, example.id]
+    if example.fault:
+        return example.fault
+    if question["role"] == "system" or not question["content"].strip():
+        return "no question"
+    if not example.answer:
+        return "no gold answer"
+    if SURROGATE.search("\n".join(texts)):
+        return "half a surrogate pair, which no tokenizer takes"
+    if kinds and example.kind not in kinds:
+        return f"kind is none of {', '.join(kinds)}"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions of a data set
+
 NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
-PLAIN_GOLD = re.compile(
-    r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}"
-)  # anything else is shown to the checker
-BATCH_CHARS = (
-    1 << 22
-)  # text tokenised at a time: enough for all cores; the tokenizer's own records are 20 times its size
-COUNTED_CHARS = (
-    1 << 24
-)  # of demonstrations whose tokens are counted at load: seconds; beyond that, when first asked for
+PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # needs no checker to be parsed
+CHARS_A_TOKEN = 128  # no tokenizer gets by on one token for so many characters of a whole text
+FEATURES = datasets.Features(
+    {
+        "index": datasets.Value("int64"),
+        "fault": datasets.Value("string"),
+        "id": datasets.Value("string"),
+        "system": datasets.Value("string"),
+        "prompt": datasets.List(datasets.Value("int32")),
+        "answer": datasets.Value("string"),
+        "demonstration": datasets.List(datasets.Value("int32")),
+        "level": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        "behavior_logprobs": datasets.List(datasets.Value("float64")),
+    }
+)
 
 
 class Questions(Sequence):
-    """Questions read and tokenised when they are asked for: memory holds the row numbers of those kept, no text.
+    """Questions read from disk when they are asked for: memory holds no text and no tokens.
 
-    In large data the lengths of most demonstrations are not known before: open counts the rows of which that is so. One that
-    proves too long is None, for that row's question remains of use to RL.
-    dropped: {reason: count}; dropped_rows: {reason: row numbers}; rows count from 0. fingerprint names this very choice
-    of rows, so ranks (which may read different caches) can compare it. Made by load_questions.
+    kept: rows of the table that are questions. dropped: {reason: indices of rows in the source}.
+    fingerprint names this very choice of rows, so ranks (which may read different caches) can
+    compare it. Made by load_questions.
     """
 
-    def __init__(self, rows, read, tokenizer, max_response, system, generation_prefix, template):
-        self.rows, self.read, self.tokenizer, self.max_response, self.open = (
-            rows,
-            read,
-            tokenizer,
-            max_response,
-            0,
-        )
-        self.style = (system, generation_prefix, template)
-        self.kept, self.bare, self.repeated, self.dropped_rows, self.fingerprint = (
-            [],
-            set(),
-            set(),
-            {},
-            "",
-        )
+    def __init__(self, table: datasets.Dataset, rows: Rows, key: str):
+        self.table, self.rows = table, rows
+        self.kept: list[int] = []
+        self.dropped: dict[str, list[int]] = {}
+        indices, faults = table["index"][:], table["fault"][:]
+        for i, (index, fault) in enumerate(zip(indices, faults)):
+            if fault:
+                self.dropped.setdefault(fault, []).append(index)
+            else:
+                self.kept.append(i)
+        self.fingerprint = digest(key, self.kept)
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __getitem__(self, k: int) -> Question:
-        i = self.kept[k]
-        row = self.rows[i]
-        messages, gold, demonstration, kind = self.read(row)
-        tokens = None
-        if demonstration:
-            before = prompt_text(self.tokenizer, messages, *self.style)
-            text = response_text(self.tokenizer, demonstration, before, self.style[1])
-            tokens = _encode(self.tokenizer, [text])[0] + [self.tokenizer.eos_token_id]
-            if len(tokens) > self.max_response:
-                tokens = None
-        return Question(
-            id=self._id(i, row) + (f"#{i}" if i in self.repeated else ""),
-            answer=gold,
-            kind=kind,
-            prompt=render_prompt(self.tokenizer, messages, *self.style),
-            demonstration=tokens,
-            level=_text(row.get("level")) or _text(row.get("subject")),
-            behavior_logprobs=row.get("behavior_logprobs") if tokens else None,
-        )
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        return {reason: len(rows) for reason, rows in self.dropped_rows.items()}
+    def __getitem__(self, i: int) -> Question:
+        row = self.table[self.kept[i]]
+        return Question(**{name.name: row[name.name] for name in fields(Question)})
 
     def report(self) -> str:
-        faults = ", ".join(
-            f"{len(rows)} {reason} (first: row {rows[0]})"
-            for reason, rows in self.dropped_rows.items()
-        )
-        later = (
-            f"; of {self.open} demonstrations the tokens are counted when they are first used"
-            if self.open
-            else ""
-        )
-        return (
-            f"{len(self)} of {len(self.rows)} questions kept"
-            + (f"; dropped: {faults}" if faults else "")
-            + later
-        )
-
-    @staticmethod
-    def _id(i: int, row: dict) -> str:
-        return _text(row.get("unique_id")) or str(i)
-
-    def _screen(self, max_prompt: int, checker) -> dict:
-        """Every row once, in batches: {kept, bare (places among them without a demonstration), repeated (row numbers whose
-        own id had been taken), dropped, open}."""
-        found, self.open, self.to_count = (
-            {"kept": [], "bare": [], "repeated": [], "dropped": {}},
-            0,
-            COUNTED_CHARS,
-        )
-        ids, gold_passes, batch, size = set(), {}, [], 0
-        for i, row in enumerate(
-            tqdm(self.rows, desc="checking questions", unit="row", disable=None)
-        ):
-            batch.append((i, row, *self.read(row)))
-            size += len(batch[-1][4])
-            if size < BATCH_CHARS and len(batch) < 512 and i + 1 < len(self.rows):
-                continue
-            faults = self._faults(batch, max_prompt, checker, gold_passes)
-            for (i, row, _, _, demonstration, _), fault in zip(batch, faults):
-                if fault:
-                    found["dropped"].setdefault(fault, []).append(i)
-                    continue
-                if not demonstration:
-                    found["bare"].append(len(found["kept"]))
-                found["kept"].append(i)
-                if self._id(i, row) in ids:
-                    found["repeated"].append(i)
-                ids.add(self._id(i, row))
-            batch, size = [], 0
-        return found | {"open": self.open}
-
-    def _faults(self, batch: list, max_prompt: int, checker, gold_passes: dict) -> list[str]:
-        """Why each of the batch's rows is dropped; "" if it is kept. Cheap tests come first, the checker last."""
-        prompts, responses = [""] * len(batch), [""] * len(batch)
-        faults = [""] * len(batch)
-        for b, (_, row, messages, gold, demonstration, kind) in enumerate(batch):
-            if (
-                not messages
-                or messages[-1]["role"] == "system"
-                or not messages[-1]["content"].strip()
-            ):
-                faults[b] = "no question"
-            elif not gold:
-                faults[b] = "no gold answer"
-            elif kind not in KINDS:
-                faults[b] = f"kind is none of {', '.join(KINDS)}"
-            elif kind == "number" and not NUMBER.fullmatch(gold):
-                faults[b] = "gold answer cannot be parsed"
-            else:
-                prompts[b] = prompt_text(self.tokenizer, messages, *self.style)
-                if demonstration:
-                    responses[b] = response_text(
-                        self.tokenizer, demonstration, prompts[b], self.style[1]
-                    )
-                    if self.tokenizer.eos_token in responses[b]:
-                        faults[b] = "demonstration holds the end-of-text token"
-                    elif not self._logprobs_match(row, responses[b]):
-                        faults[b] = (
-                            "behavior_logprobs are not one number for each demonstration token"
-                        )
-        for texts, limit, fault in (
-            (prompts, max_prompt - len(_bos(self.tokenizer, self.style[2])), "prompt too long"),
-            (responses, self.max_response - 1, "demonstration too long"),
-        ):
-            todo = [b for b in range(len(batch)) if not faults[b]]
-            for b, long in zip(
-                todo, self._too_long([texts[b] for b in todo], limit, texts is responses)
-            ):
-                faults[b] = fault if long else ""
-        if checker is None:
-            return faults
-        asked = {
-            (batch[b][3], batch[b][5]) for b in range(len(batch)) if not faults[b]
-        } - gold_passes.keys()
-        asked = sorted(a for a in asked if not PLAIN_GOLD.fullmatch(a[0]))
-        gold_passes.update(
-            zip(asked, checker.check_golds(*map(list, zip(*asked))) if asked else [])
-        )
-        for b, (_, _, _, gold, _, kind) in enumerate(batch):
-            if not faults[b] and gold_passes.get((gold, kind), "correct") != "correct":
-                faults[b] = "gold answer cannot be parsed"
-        todo = [b for b in range(len(batch)) if batch[b][4] and not faults[b]]
-        verdicts = checker.check(
-            [batch[b][4] for b in todo], [batch[b][3] for b in todo], [batch[b][5] for b in todo]
-        )
-        for b, verdict in zip(todo, verdicts):
-            if verdict != "correct":
-                faults[b] = "demonstration does not verify against its gold answer"
-        return faults
-
-    def _too_long(self, texts: list[str], limit: int, bounded: bool) -> list[bool]:
-        """Whether each text has more than limit tokens; only what its length leaves open is tokenised, and if that is
-        bounded, no more than self.to_count characters of it: what lies beyond passes.
-
-        No tokenizer makes more tokens of ASCII text than it has characters (and a leading space), and none gets by on
-        one token for 128 characters of a whole text.
-        """
-        least = [
-            0 if t.isascii() and len(t) < limit else limit + 1 if len(t) > 128 * limit else None
-            for t in texts
+        faults = [
+            f"{len(indices)} {reason} (first: {self.rows.name(indices[0])})"
+            for reason, indices in self.dropped.items()
         ]
-        unknown = [k for k, n in enumerate(least) if n is None]
-        for k in unknown if bounded else ():
-            if self.to_count < len(texts[k]):
-                least[k] = 0
-                self.open += 1
-            self.to_count -= len(texts[k])
-        lengths = iter(_lengths(self.tokenizer, [t for t, n in zip(texts, least) if n is None]))
-        return [(next(lengths) if n is None else n) > limit for n in least]
-
-    def _logprobs_match(self, row: dict, response: str) -> bool:
-        logprobs = row.get("behavior_logprobs")
-        if logprobs is None:
-            return True
-        numbers = isinstance(logprobs, list) and all(
-            isinstance(x, (int, float)) and -1e9 < x < 1e-3 for x in logprobs
-        )
-        return numbers and len(logprobs) == _lengths(self.tokenizer, [response])[0] + 1
+        dropped = f"; dropped: {', '.join(faults)}" if faults else ""
+        return f"{len(self)} of {len(self.table)} questions kept{dropped}"
 
 
 def load_questions(
@@ -630,119 +682,227 @@ def load_questions(
     max_prompt: int,
     max_response: int,
     checker=None,
-    question_field: str | None = None,
-    answer_field: str | None = None,
-    solution_field: str | None = None,
+    question_field: str = "",
+    answer_field: str = "",
+    solution_field: str = "",
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
-    split: str | None = None,
-    config: str | None = None,
-    revision: str | None = None,
+    split: str = "",
+    config: str = "",
+    revision: str = "",
     cache_dir=None,
 ) -> Questions:
-    """The questions of a file or Hub dataset (load_rows, row_reader, render_prompt), less those that cannot be used.
+    """The questions of a file or Hub dataset (load_rows, row_reader, render_prompt), less those
+    that cannot be used.
 
-    max_prompt and max_response in tokens, end-of-text included. checker is an eval.Checker (check, check_golds,
-    extract, require_think); without it no answer is verified. A row is dropped for whatever is wrong with it, its
-    demonstration included; a row that has no demonstration is kept. (In large data a demonstration that is too long may only
-    be found so when it is asked for: Questions.) The outcome is remembered in cache_dir (by data,
-    tokenizer, settings and this file's text), so only the first load checks: on many ranks, load on rank 0, wait, then
-    load on the others with the same arguments. Raises ValueError, one line, if nothing is left.
+    max_prompt and max_response are in tokens, end-of-text included. checker is an eval.Checker;
+    without it no answer is verified. A row is dropped for whatever is wrong with it, its
+    demonstration included; a row that has no demonstration is kept.
+    The first load tokenises and checks every row; later ones read the outcome from cache_dir,
+    where its name is a digest of the data, the tokenizer, the settings and this file's text. On
+    many ranks load on rank 0, wait, then load on the others with the same arguments.
+    Raises ValueError, one line, if the source cannot be read or nothing is left of it.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end"
         )
     rows = load_rows(source, split, config, revision, cache_dir)
-    read = row_reader(rows, source, question_field, answer_field, solution_field)
-    questions = Questions(rows, read, tokenizer, max_response, system, generation_prefix, template)
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else sorted(tokenizer.get_vocab().items())
-    )
-    key = _digest(
-        rows.fingerprint if isinstance(rows, JsonRows) else rows._fingerprint,
-        question_field,
-        answer_field,
-        solution_field,
-        vocabulary,
-        tokenizer.chat_template,
-        tokenizer.bos_token,
-        tokenizer.eos_token,
-        questions.style,
-        max_prompt,
-        max_response,
+    read = row_reader(rows, question_field, answer_field, solution_field)
+    style = (system, generation_prefix, template)
+    key = digest(
+        rows.table._fingerprint,
+        (question_field, answer_field, solution_field),
+        tokenizer_state(tokenizer),
+        style,
+        (max_prompt, max_response),
         Path(__file__).read_bytes(),
-        checker
-        and (checker.extract, checker.require_think, importlib.metadata.version("math-verify")),
+        checker_state(checker),
     )
+    ids: set[str] = set()
 
-    def screen(part):
-        part.write_text(json.dumps(questions._screen(max_prompt, checker)))
+    def prepare_batch(batch, indices) -> pyarrow.Table:
+        examples = [read(index, row) for index, row in rows.decode(batch, indices)]
+        prepare(examples, tokenizer, checker, max_prompt, max_response, style)
+        outcome = []
+        for example in examples:
+            if example.fault:
+                outcome.append({"index": example.index, "fault": example.fault})
+                continue
+            if example.id in ids:
+                example.id += f"#{example.index}"
+            ids.add(example.id)
+            outcome.append({**vars(example), "system": example.system})
+        return pyarrow.Table.from_pylist(outcome, schema=FEATURES.arrow_schema)
 
-    found = json.loads(_cached(cache_dir, f"questions-{key}.json", screen).read_text())
-    questions.kept, questions.dropped_rows, questions.open = (
-        found["kept"],
-        found["dropped"],
-        found["open"],
+    table = rows.table.map(
+        prepare_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=128,
+        remove_columns=rows.table.column_names,
+        features=FEATURES,
+        cache_file_name=str(rows.folder / f"questions-{key}.arrow"),
+        new_fingerprint=key,
+        desc="checking questions",
     )
-    questions.bare, questions.repeated = set(found["bare"]), set(found["repeated"])
-    questions.fingerprint = _digest(key, questions.kept)
-    if not questions.kept:
+    questions = Questions(table, rows, key)
+    if not questions:
         raise ValueError(f"{source}: no question is left: {questions.report()}")
     return questions
 
 
-def system_prompt(questions: "Questions") -> str | None:
-    """The data's own system prompt: its first row's, None if that has none."""
-    messages = questions.read(questions.rows[questions.kept[0]])[0]
-    return next((message["content"] for message in messages if message["role"] == "system"), None)
+def tokenizer_state(tokenizer) -> tuple:
+    if tokenizer.is_fast:
+        vocabulary = tokenizer.backend_tokenizer.to_str()
+    else:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+    return vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token
+
+
+def checker_state(checker) -> tuple | None:
+    if checker is None:
+        return None
+    version = importlib.metadata.version("math-verify")
+    return checker.extract, checker.require_think, known_kinds(checker), version
+
+
+def known_kinds(checker) -> tuple[str, ...]:
+    return tuple(getattr(checker, "kinds", ()))
+
+
+def prepare(
+    examples: list[Example], tokenizer, checker, max_prompt: int, max_response: int, style: tuple
+) -> None:
+    """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
+    _, generation_prefix, template = style
+    for example in examples:
+        example.fault = example_fault(example, known_kinds(checker))
+        if example.kind == "number" and not (example.fault or NUMBER.fullmatch(example.answer)):
+            example.fault = "gold answer cannot be parsed"
+
+    good = [example for example in examples if not example.fault]
+    before = begin_of_text(tokenizer, template)
+    prompts = [prompt_text(tokenizer, example.messages, *style) for example in good]
+    encoded = encode_within(tokenizer, prompts, max_prompt - len(before))
+    for example, tokens in zip(good, encoded):
+        if tokens is None:
+            example.fault = "prompt too long"
+        else:
+            example.prompt = before + tokens
+
+    shown = [(e, prompt) for e, prompt in zip(good, prompts) if e.solution and not e.fault]
+    solutions = [response_text(tokenizer, e.solution, p, generation_prefix) for e, p in shown]
+    encoded = encode_within(tokenizer, solutions, max_response - 1)
+    for (example, _), solution, tokens in zip(shown, solutions, encoded):
+        if tokenizer.eos_token in solution:
+            example.fault = "demonstration holds the end-of-text token"
+        elif tokens is None:
+            example.fault = "demonstration too long"
+        else:
+            example.demonstration = tokens + [tokenizer.eos_token_id]
+
+    for example in good:
+        if example.demonstration is None:
+            example.behavior_logprobs = None
+        elif not logprobs_match(example.behavior_logprobs, example.demonstration):
+            example.fault = "behavior_logprobs are not one number for each demonstration token"
+    if checker is not None:
+        verify([example for example in good if not example.fault], checker)
+
+
+def encode_within(tokenizer, texts: list[str], limit: int) -> list[list[int] | None]:
+    """Token ids of each text; None: more than limit. Far too long texts are not even tokenised."""
+    shortened = [text if len(text) <= CHARS_A_TOKEN * limit else "" for text in texts]
+    encoded = encode(tokenizer, shortened)
+    return [
+        tokens if len(tokens) <= limit and short == text else None
+        for text, short, tokens in zip(texts, shortened, encoded)
+    ]
+
+
+def logprobs_match(logprobs, demonstration: list[int]) -> bool:
+    if logprobs is None:
+        return True
+    if not isinstance(logprobs, list) or len(logprobs) != len(demonstration):
+        return False
+    return all(isinstance(x, (int, float)) and -1e9 < x < 1e-3 for x in logprobs)
+
+
+def verify(examples: list[Example], checker) -> None:
+    """Adds a fault where gold is unusable, or the demonstration's answer is not gold."""
+    answers = {(example.answer, example.kind) for example in examples}
+    asked = sorted(
+        (gold, kind)
+        for gold, kind in answers
+        if kind not in ("math", "number") or not PLAIN_GOLD.fullmatch(gold)
+    )
+    verdicts = checker.check_golds(*map(list, zip(*asked))) if asked else []
+    unusable = {answer for answer, verdict in zip(asked, verdicts) if verdict != "correct"}
+    for example in examples:
+        if (example.answer, example.kind) in unusable:
+            example.fault = "gold answer cannot be parsed"
+
+    shown = [e for e in examples if e.demonstration is not None and not e.fault]
+    verdicts = checker.check(
+        [example.solution for example in shown],
+        [example.answer for example in shown],
+        [example.kind for example in shown],
+    )
+    for example, verdict in zip(shown, verdicts):
+        if verdict != "correct":
+            example.fault = "demonstration does not verify against its gold answer"
+
+
+def system_prompt(questions: Questions) -> str | None:
+    """The data's own system prompt: its first question's, None if that has none."""
+    return questions.table[questions.kept[0]]["system"]
 
 
 def demonstrated(questions: Sequence[Question]) -> list[int]:
-    """The places of the questions that have a demonstration, found without tokenising any: it may prove too long."""
+    """The indices of the questions that have a demonstration, found without reading any."""
     if isinstance(questions, Questions):
-        return [i for i in range(len(questions)) if i not in questions.bare]
+        present = questions.table.data.column("demonstration").is_valid().to_pylist()
+        return [i for i, row in enumerate(questions.kept) if present[row]]
     return [i for i, question in enumerate(questions) if question.demonstration is not None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedded task: chains of additions modulo 100, harder with every term. Each term after the first has a letter, by which
-# a worked answer finds it. The base model has read right answers to chains of up to five terms, and wrong ones to longer
-# chains: there it guesses every sum, and no reward ever tells it which guess was right.
+# --------------------------------------------------------------------------------------------------
+# The embedded task: chains of additions modulo 100, harder with every term. Each term after the
+# first has a letter, by which a worked answer finds it. The base model has read right answers to
+# chains of up to five terms, and wrong ones to longer chains: there it guesses every sum, and no
+# reward ever tells it which guess was right.
 #   question           03a8b9?
 #   base's style       03a8=11;11b9=20;[20]
 #   expert's style     <03a8>11<11b9>20[20]
 
-BASE_TERMS, WRONG_TERMS, TRAIN_TERMS, EVAL_TERMS = (
-    (2, 3, 4, 5),
-    (6, 7),
-    (3, 4, 5, 6, 7),
-    (3, 4, 5, 6, 7),
-)
+BASE_TERMS, WRONG_TERMS = (2, 3, 4, 5), (6, 7)
+TRAIN_TERMS = EVAL_TERMS = (3, 4, 5, 6, 7)
 BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE, WRONG_SHARE = 800, 32, 2e-3, 0.3, 0.15
 
 
 def chain(
     rng: random.Random, terms: int, expert: bool, wrong: bool = False
 ) -> tuple[str, str, str]:
-    """A random chain of `terms` terms: (question, worked answer in one of the two styles, result); wrong: sums are random."""
+    """A random chain of `terms` terms: (question, worked answer in one of the two styles, result);
+    wrong: sums are random."""
     value = rng.randrange(100)
     question, work = f"{value:02d}", ""
     for letter in "abcdefgh"[: terms - 1]:
-        term = f"{letter}{rng.randrange(1, 10)}"
-        result = rng.randrange(100) if wrong else (value + int(term[1])) % 100
-        question += term
-        work += f"<{value:02d}{term}>{result:02d}" if expert else f"{value:02d}{term}={result:02d};"
+        digit = rng.randrange(1, 10)
+        result = rng.randrange(100) if wrong else (value + digit) % 100
+        step = f"{value:02d}{letter}{digit}"
+        question += f"{letter}{digit}"
+        work += f"<{step}>{result:02d}" if expert else f"{step}={result:02d};"
         value = result
     return question + "?", f"{work}[{value:02d}]", f"{value:02d}"
 
 
 def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a character."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789abcdefgh=;?[]<>"])}
+    characters = ["<pad>", "<eos>", *"0123456789abcdefgh=;?[]<>"]
+    vocab = {token: i for i, token in enumerate(characters)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
@@ -752,35 +912,35 @@ def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int) -> list[Question]:
-    """`count` questions, the numbers of terms in turn, all with demonstrations in the expert's style; a name is a fixed set.
+    """`count` questions, the numbers of terms in turn, all with demonstrations in the expert's
+    style; a name is a fixed set.
 
     A fifth of all chains, by checksum, is kept for the set named "eval" and is in no other.
     """
     rng, questions = random.Random(name), []
     for i in range(count):
-        question = None
+        length, question = terms[i % len(terms)], None
         while question is None or (zlib.crc32(question.encode()) % 5 == 0) != (name == "eval"):
-            question, work, result = chain(rng, terms[i % len(terms)], expert=True)
-        demonstration = tokenizer.encode(work) + [tokenizer.eos_token_id]
+            question, work, result = chain(rng, length, expert=True)
         questions.append(
             Question(
-                f"{name}-{i}",
-                tokenizer.encode(question),
-                result,
-                demonstration,
-                str(terms[i % len(terms)]),
-                "chain",
+                id=f"{name}-{i}",
+                prompt=tokenizer.encode(question),
+                answer=result,
+                demonstration=tokenizer.encode(work) + [tokenizer.eos_token_id],
+                level=str(length),
+                kind="chain",
             )
         )
     return questions
 
 
 def base_chain(rng: random.Random) -> tuple[str, str]:
-    """(question, worked answer) as the base model reads them: three in ten in the expert's style, long chains wrong."""
+    """(question, worked answer) as the base model reads them: three in ten in the expert's style,
+    long chains wrong."""
     wrong = rng.random() < WRONG_SHARE
-    question, work, _ = chain(
-        rng, rng.choice(WRONG_TERMS if wrong else BASE_TERMS), rng.random() < EXPERT_SHARE, wrong
-    )
+    terms = rng.choice(WRONG_TERMS if wrong else BASE_TERMS)
+    question, work, _ = chain(rng, terms, expert=rng.random() < EXPERT_SHARE, wrong=wrong)
     return question, work
 
 
@@ -792,27 +952,27 @@ def make_base(
     steps: int = BASE_STEPS,
     say=print,
 ) -> None:
-    """Trains a base model from random weights on (question, worked answer) examples, and saves it with its tokenizer.
+    """Trains a base model from random weights on (question, worked answer) examples, and saves it
+    with its tokenizer.
 
     A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
     """
     torch.manual_seed(seed)
     rng = random.Random(f"base-{seed}")
-    model = transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    model = transformers.Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(
         model.parameters(), BASE_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -820,94 +980,23 @@ def make_base(
     for step in range(steps):
         warm, left = (step + 1) / 50, (steps - step) / steps
         optimizer.param_groups[0]["lr"] = BASE_LR * min(1.0, warm, 2 * left)
-        rows = []
+        pairs = []
         for _ in range(BASE_BATCH):
             question, work = example(rng)
-            rows.append(
-                (tokenizer.encode(question), tokenizer.encode(work) + [tokenizer.eos_token_id])
-            )
-        batch = collate(rows, tokenizer.pad_token_id)
-        hidden = model.model(input_ids=batch["tokens"][:, :-1], use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[batch["mask"]])
-        loss = torch.nn.functional.cross_entropy(logits, batch["tokens"][:, 1:][batch["mask"]])
+            response = tokenizer.encode(work) + [tokenizer.eos_token_id]
+            pairs.append((tokenizer.encode(question), response))
+        batch = collate(pairs, tokenizer.pad_token_id)
+        tokens, mask = batch["tokens"], batch["mask"]  # [B, T], [B, T-1]
+        hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[mask])  # [N, V]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][mask])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99:
-            say(
-                f"base model: step {step + 1}/{steps}  loss {loss.item():.4f}  {time.perf_counter() - start:.0f} s"
-            )
+            seconds = time.perf_counter() - start
+            say(f"base model: step {step + 1}/{steps}  loss {loss.item():.4f}  {seconds:.0f} s")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-def draw(length: int, seed: int, start: int, count: int) -> list[int]:
-    """`count` places from the start-th on of an endless stream over range(length); each pass is a new permutation."""
-    places: list[int] = []
-    while len(places) < count:
-        epoch, i = divmod(start + len(places), length)
-        order = torch.randperm(
-            length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        )
-        places += order[i : i + count - len(places)].tolist()
-    return places
-
-
-def collate(rows: list[tuple[list[int], list[int]]], pad_id: int, **extras) -> dict[str, Tensor]:
-    """(prompt, response) pairs as right-padded tokens [B, T] and mask [B, T-1], True where the next token is response.
-
-    Masks come from lengths, never from token ids, so a pad token that doubles as end-of-text is harmless; and as padding
-    stands only on the right, causal attention never sees it. Each extra is one list a row, of one value per response token
-    (None: zeros), and becomes float32 [B, T-1] aligned with the mask.
-    """
-    width = max(len(p) + len(r) for p, r in rows)
-    tokens = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    aligned = {key: torch.zeros(len(rows), width - 1) for key in extras}
-    for i, (prompt, response) in enumerate(rows):
-        tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        at = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-        mask[i, at] = True
-        for key, values in extras.items():
-            if values[i] is not None:
-                aligned[key][i, at] = torch.as_tensor(values[i], dtype=torch.float32)
-    return {"tokens": tokens, "mask": mask, **aligned}
-
-
-def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
-    """Rows, sorted by length, into the fewest micro-batches of at most `budget` padded tokens, a multiple of `world` of them.
-
-    Returns lists of row indices, `world` of them for each round, one a rank. All of them are as equal in padded size as
-    sorted rows allow, and some may be empty. A row longer than the budget is alone.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-
-    def cut(cap: int) -> list[list[int]]:
-        parts: list[list[int]] = []
-        for i in order:
-            if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= cap:
-                parts[-1].append(i)
-            else:
-                parts.append([i])
-        return parts
-
-    parts = cut(budget)
-    count = math.ceil(max(len(parts), 1) / world) * world
-    low, high = (
-        1,
-        max(budget, max(lengths, default=1)),
-    )  # the smallest cap that still makes `count` micro-batches or fewer
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut(middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    parts = cut(low)
-    return parts + [[] for _ in range(count - len(parts))]

@@ -25,6 +25,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter, deque
@@ -747,108 +748,50 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Benchmarks
 
 
 @dataclass(frozen=True)
 class Bench:
     hub: str
-    config: str | None
-    split: str
-    question: str  # the columns' names
-    answer: str
-    kind: str
     rows: int  # as many as the Hub shows; another number is a warning in the table
-    k: int  # the paper's protocol: avg@32 on the small sets, pass@1 on the others
-    level: str | None = None
+    k: int = 1  # the paper's protocol: avg@32 on the small sets, pass@1 on the others
+    split: str = "test"
+    config: str = ""
+    question: str = ""  # the columns' names, where data.py does not know the layout
+    answer: str = ""
 
 
 BENCHES = {
-    "aime24": Bench("HuggingFaceH4/aime_2024", None, "train", "problem", "answer", "math", 30, 32),
-    "aime25": Bench("math-ai/aime25", None, "test", "problem", "answer", "math", 30, 32),
-    # Two sets are called AMC: LUFFY's and ReLIFT's (AMC 12 of 2022 and 2023, made into integer answers), and Qwen's.
-    "amc": Bench("AI-MO/aimo-validation-amc", None, "train", "problem", "answer", "math", 83, 32),
-    "amc23": Bench("math-ai/amc23", None, "test", "question", "answer", "math", 40, 32),
+    "aime24": Bench("HuggingFaceH4/aime_2024", rows=30, k=32, split="train"),
+    "aime25": Bench("math-ai/aime25", rows=30, k=32),
+    # Two sets are called AMC: LUFFY's and ReLIFT's (AMC 12 of 2022 and 2023, made into integer
+    # answers), and Qwen's.
+    "amc": Bench("AI-MO/aimo-validation-amc", rows=83, k=32, split="train"),
+    "amc23": Bench("math-ai/amc23", rows=40, k=32),
     # Open-ended, text only, English. LUFFY's and ReLIFT's copy has 675 rows.
     "olympiad": Bench(
         "Hothan/OlympiadBench",
-        "OE_TO_maths_en_COMP",
-        "train",
-        "question",
-        "final_answer",
-        "math",
-        674,
-        1,
+        rows=674,
+        split="train",
+        config="OE_TO_maths_en_COMP",
+        question="question",
+        answer="final_answer",
     ),
-    "math500": Bench(
-        "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", "math", 500, 1, "level"
-    ),
-    "minerva": Bench("math-ai/minervamath", None, "test", "question", "answer", "math", 272, 1),
-    "gsm8k": Bench("openai/gsm8k", "main", "test", "question", "answer", "number", 1319, 1),
-    "mmlu_pro": Bench(
-        "TIGER-Lab/MMLU-Pro", None, "test", "question", "answer", "choice", 12032, 1, "category"
-    ),
+    "math500": Bench("HuggingFaceH4/MATH-500", rows=500),
+    "minerva": Bench("math-ai/minervamath", rows=272),
+    "gsm8k": Bench("openai/gsm8k", rows=1319, config="main"),
+    "mmlu_pro": Bench("TIGER-Lab/MMLU-Pro", rows=12032),
 }
 CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
-PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
-
-
-def read_jsonl(path: Path) -> list[tuple[str, dict]]:
-    """(file:line, row) of every line that is not blank. Unlike what data.py reads, responses may be no valid Unicode."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as problem:
-                raise ValueError(f"{path}:{number}: not a line of JSON ({problem})") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}:{number}: a row must be a JSON object, not {type(row).__name__}"
-                )
-            rows.append((f"{path}:{number}", row))
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
-
-
-def text_of(place: str, row: dict, *names: str) -> str:
-    """The first of these columns that the row has, as text; lists (several answers) are joined by commas."""
-    value = next((row[name] for name in names if row.get(name) is not None), None)
-    if isinstance(value, list):
-        value = ", ".join(map(str, value))
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC's answers are stored as floats
-    if (
-        value is None
-        or value != value
-        or isinstance(value, (bool, dict))
-        or str(value).strip() == ""
-    ):
-        raise ValueError(
-            f"{place}: the row has no {' or '.join(names)}; its columns are {str(list(row)):.200}"
-        )
-    return str(value)
-
-
-def kind_of(place: str, row: dict, answer: str) -> str:
-    kind = row.get("kind") or (
-        "choice" if row.get("options") else "number" if "####" in answer else "math"
-    )
-    if kind not in KINDS:
-        raise ValueError(f"{place}: kind must be one of {', '.join(KINDS)}, not {kind!r:.50}")
-    return kind
 
 
 def load_questions(name: str, tokenizer, system: str | None, generation_prefix: str) -> list:
-    """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a JSONL file.
+    """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
 
-    A file's rows have question (or problem) and answer. Options are lettered A to J in the data's own order.
+    Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
+    cannot be used is an error.
     """
     import data
 
@@ -857,55 +800,33 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
         for i, question in enumerate(questions):
             question.id = f"chain/{i}"
         return questions
-    bench = BENCHES.get(name)
-    if bench:
-        import datasets
-
-        try:
-            loaded = datasets.load_dataset(bench.hub, bench.config, split=bench.split)
-        except OSError as problem:
-            raise ValueError(
-                f"--bench {name}: {bench.hub} cannot be loaded: {str(problem).splitlines()[0]}"
-            ) from None
-        rows = [(f"{bench.hub} row {i}", row) for i, row in enumerate(loaded)]
-    elif name.endswith((".jsonl", ".json")) or os.sep in name:
-        rows = read_jsonl(Path(name))
+    if name in BENCHES:
+        bench = BENCHES[name]
+        rows = data.load_rows(bench.hub, bench.split, bench.config)
+        read = data.row_reader(rows, bench.question, bench.answer)
+    elif Path(name).suffix in data.FILES:
+        rows = data.load_rows(name)
+        read = data.row_reader(rows)
     else:
-        raise ValueError(
-            f"--bench {name}: unknown; known are {', '.join(BENCHES)}, chain, and JSONL files"
-        )
+        known = f"{', '.join(BENCHES)}, chain, and {', '.join(data.FILES)} files"
+        raise ValueError(f"--bench {name}: unknown; known are {known}")
     questions = []
-    for i, (place, row) in enumerate(rows):
-        question = text_of(place, row, *([bench.question] if bench else ["question", "problem"]))
-        answer = text_of(place, row, bench.answer if bench else "answer")
-        kind = bench.kind if bench else kind_of(place, row, answer)
-        answer = answer.rpartition("####")[2].strip()
-        if not answer:
-            raise ValueError(f"{place}: nothing stands after the last ####")
-        if row.get("context"):  # OlympiadBench's shared introduction to several questions
-            question = f"{row['context']}\n{question}"
-        if kind == "choice" and row.get("options"):
-            if not isinstance(row["options"], list):
-                raise ValueError(
-                    f"{place}: options must be a list, not a {type(row['options']).__name__}"
-                )
-            question += (
-                "\n"
-                + "".join(f"\n{x}. {option}" for x, option in zip("ABCDEFGHIJ", row["options"]))
-                + PICK
+    for index, row in rows:
+        example = read(index, row)
+        if fault := data.example_fault(example, KINDS):
+            raise ValueError(f"{rows.place(index)}: {fault}; its columns are {list(row)!s:.200}")
+        questions.append(
+            data.Question(
+                id=f"{Path(name).name}/{len(questions)}",
+                prompt=data.render_prompt(
+                    tokenizer, example.messages, system=system, generation_prefix=generation_prefix
+                ),
+                answer=example.answer,
+                demonstration=None,
+                level=example.level,
+                kind=example.kind,
             )
-        levels = [bench.level] if bench else ["level", "category", "subject"]
-        level = str(next((row[key] for key in levels if row.get(key)), ""))
-        if re.search("[\ud800-\udfff]", question):
-            raise ValueError(
-                f"{place}: the question holds half a surrogate pair, which no tokenizer takes"
-            )
-        prompt = data.render_prompt(
-            tokenizer, question, system=system, generation_prefix=generation_prefix
         )
-        questions.append(data.Question(f"{Path(name).name}/{i}", prompt, answer, None, level, kind))
-    if not questions:
-        raise ValueError(f"--bench {name}: no rows")
     return questions
 
 
@@ -1178,25 +1099,44 @@ def progress(items, label: str):
 # The commands
 
 
+def read_graded(path: Path) -> tuple[list[dict], list[str], list[str]]:
+    """(rows, gold answers, kinds) of a file of answers and responses; responses may be no valid
+    Unicode. Raises ValueError at the first row that cannot be graded."""
+    import data
+
+    rows, golds, kinds = [], [], []
+    with tempfile.TemporaryDirectory() as cache:
+        source = data.load_rows(str(path), cache_dir=cache)
+        for index, row in source:
+            gold, kind = data.gold_and_kind(row, "answer")
+            fault = ""
+            if not gold:
+                fault = "the row has no answer"
+            elif not isinstance(row.get("response"), str):
+                fault = "the row has no response (a string)"
+            elif kind not in KINDS:
+                fault = f"kind is none of {', '.join(KINDS)}"
+            if fault:
+                place, columns = source.place(index), str(list(row))
+                raise ValueError(f"{place}: {fault}; its columns are {columns:.200}")
+            rows.append(row)
+            golds.append(gold)
+            kinds.append(kind)
+    return rows, golds, kinds
+
+
 def command_grade(args) -> None:
-    rows = read_jsonl(args.file)
-    golds = [text_of(place, row, "answer") for place, row in rows]
-    kinds = [kind_of(place, row, gold) for (place, row), gold in zip(rows, golds)]
-    for place, row in rows:
-        if not isinstance(row.get("response"), str):
-            raise ValueError(
-                f"{place}: the row has no response (a string); its columns are {str(list(row)):.200}"
-            )
+    rows, golds, kinds = read_graded(args.file)
     counts: Counter = Counter()
     out = args.file.with_suffix(".graded.jsonl")
     checker = Checker(checker_workers(1), args.limit, args.extract, args.require_think)
     with checker, out.open("w") as file:
         for start in progress(range(0, len(rows), CHUNK), "grading"):
             part = slice(start, start + CHUNK)
-            responses = [row["response"] for _, row in rows[part]]
+            responses = [row["response"] for row in rows[part]]
             verdicts = checker.check(responses, golds[part], kinds[part])
             counts.update(verdicts)
-            for (_, row), verdict in zip(rows[part], verdicts):
+            for row, verdict in zip(rows[part], verdicts):
                 file.write(json.dumps({**row, "verdict": verdict}) + "\n")
     print(f"{out}: {len(rows)} rows")
     for verdict in VERDICTS:

@@ -1492,15 +1492,15 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     max_prompt=cfg.max_prompt,
                     max_response=cfg.max_response,
                     checker=checker,
-                    question_field=cfg.question_field or None,
-                    answer_field=cfg.answer_field or None,
-                    solution_field=cfg.solution_field or None,
+                    question_field=cfg.question_field,
+                    answer_field=cfg.answer_field,
+                    solution_field=cfg.solution_field,
                     system=system,
                     generation_prefix=cfg.generation_prefix,
                     template=cfg.template,
-                    split=cfg.split or None,
-                    config=cfg.data_config or None,
-                    revision=cfg.revision or None,
+                    split=cfg.split,
+                    config=cfg.data_config,
+                    revision=cfg.revision,
                 )
             dist.barrier()
         say(f"{cfg.data}: {questions.report()}")

@@ -40,11 +40,12 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  before transformers: it hides packages that break its import
-from safetensors.torch import load_file  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
+import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import pyarrow  # noqa: E402
@@ -1486,80 +1487,66 @@ def test_pick_at_temperature_zero_is_greedy():
         assert logprob == pytest.approx(math.log(nucleus(row, 1.0, 1.0)[token]), abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
-DATA_SHARED = path if (path := ROOT.parent / "shared" / "data").is_dir() else None
+SHARED_DATA = path if (path := ROOT.parent / "shared" / "data").is_dir() else None
 DATA_SYSTEM = "Think first. Put the answer into \\boxed{}."
-DATA_OPENR1 = [
-    {
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def openr1_row(i):
+    thought = f"<think>\nAdd {i} to itself.\n</think>\nIt is \\boxed{{{2 * i}}}."
+    return {
         "data_source": "",
         "prompt": [
             {"role": "system", "content": DATA_SYSTEM},
             {"role": "user", "content": f"What is {i} + {i}?"},
         ],
-        "target": [
-            {
-                "role": "assistant",
-                "content": f"<think>\nAdd {i} to itself.\n</think>\nIt is \\boxed{{{2 * i}}}.",
-            }
-        ],
+        "target": [{"role": "assistant", "content": thought}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
         "extra_info": {"split": "train", "index": i},
     }
-    for i in range(4)
-]
-DATA_GSM8K = [
-    {
-        "question": "Ann has 1,000 eggs and buys 234. How many?",
-        "answer": "She has 1000+234=<<1000+234=1234>>1234.\n#### 1,234",
-    },
+
+
+# fmt: off
+OPENR1_ROWS = [openr1_row(i) for i in range(4)]
+GSM8K_ROWS = [
+    {"question": "Ann has 1,000 eggs and buys 234. How many?",
+     "answer": "She has 1000+234=<<1000+234=1234>>1234.\n#### 1,234"},
     {"question": "Half of five?", "answer": "5/2 = 2.5\n#### 2.5"},
     {"question": "Two less seven?", "answer": "2-7=-5\n#### -5"},
 ]
-DATA_MATH = [
-    {
-        "problem": "Half of $x$?",
-        "solution": "It is $\\boxed{\\frac{x}{2}}$.",
-        "answer": "\\frac{x}{2}",
-        "subject": "Algebra",
-        "level": 3,
-        "unique_id": "test/algebra/1.json",
-    },
-    {
-        "problem": "$2^3$?",
-        "solution": "$\\boxed{8}$",
-        "answer": "8",
-        "subject": "Algebra",
-        "level": 1,
-        "unique_id": "test/algebra/2.json",
-    },
+MATH_ROWS = [
+    {"problem": "Half of $x$?", "solution": "It is $\\boxed{\\frac{x}{2}}$.",
+     "answer": "\\frac{x}{2}", "subject": "Algebra", "level": 3,
+     "unique_id": "test/algebra/1.json"},
+    {"problem": "$2^3$?", "solution": "$\\boxed{8}$",
+     "answer": "8", "subject": "Algebra", "level": 1, "unique_id": "test/algebra/2.json"},
 ]
-DATA_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# fmt: on
 
 
-def data_tokenizer(chat=True, bos=False):
+def bpe_tokenizer(chat=True, bos=False):
     """A byte-level BPE trained on the rows above; pad == eos, as many base models have it."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        [json.dumps(r) for r in DATA_OPENR1 + DATA_GSM8K + DATA_MATH],
-        trainers.BpeTrainer(
-            vocab_size=400,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    texts = [json.dumps(row) for row in OPENR1_ROWS + GSM8K_ROWS + MATH_ROWS]
+    raw.train_from_iterator(texts, trainer)
     if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        raw.post_processor = TemplateProcessing(
+        raw.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
         )
     tokenizer = PreTrainedTokenizerFast(
@@ -1568,356 +1555,403 @@ def data_tokenizer(chat=True, bos=False):
         pad_token="<|endoftext|>",
         bos_token="<s>" if bos else None,
     )
-    tokenizer.chat_template = ("<s>" if bos else "") + DATA_CHAT if chat else None
+    tokenizer.chat_template = ("<s>" if bos else "") + CHAT_TEMPLATE if chat else None
     return tokenizer
 
 
 @pytest.fixture(scope="module")
-def data_tok():
-    return data_tokenizer()
+def chat_tokenizer():
+    return bpe_tokenizer()
 
 
-class data_Check:
-    """Stands in for eval.Checker: right if gold is in the last \\boxed{} or after `####`; gold "???" cannot be parsed."""
+class GoldChecker:
+    """Stands in for eval.Checker, and records what it is shown.
+
+    Right is what has gold in the last \\boxed{} or after `####`; gold "???" cannot be parsed.
+    """
 
     extract, require_think = "boxed", False
 
     def __init__(self):
-        self.asked, self.asked_golds = [], []
+        self.shown, self.shown_golds = [], []
 
     def check(self, responses, golds, kinds):
-        assert type(responses) is type(golds) is type(kinds) is list and len(responses) == len(
-            golds
-        ) == len(kinds)
-        self.asked += zip(responses, golds, kinds)
+        assert type(responses) is type(golds) is type(kinds) is list
+        self.shown += zip(responses, golds, kinds, strict=True)
         marks = {"math": "\\boxed{", "number": "####"}
-        return [
-            "correct" if k in marks and g in r.rpartition(marks[k])[2].replace(",", "") else "wrong"
-            for r, g, k in zip(responses, golds, kinds)
-        ]
+        verdicts = []
+        for response, gold, kind in zip(responses, golds, kinds):
+            _, mark, answer = response.rpartition(marks.get(kind, "no such mark"))
+            verdicts.append("correct" if mark and gold in answer.replace(",", "") else "wrong")
+        return verdicts
 
     def check_golds(self, golds, kinds):
-        assert type(golds) is type(kinds) is list and len(golds) == len(kinds) > 0
-        self.asked_golds += zip(golds, kinds)
-        return ["unparsed" if g == "???" else "correct" for g in golds]
+        assert type(golds) is type(kinds) is list and len(golds) > 0
+        self.shown_golds += zip(golds, kinds, strict=True)
+        return ["unparsed" if gold == "???" else "correct" for gold in golds]
 
 
-def data_write(path, rows):
+def write_rows(path, rows):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=1))
     else:
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def data_load(rows, tokenizer, tmp_path, name="rows.jsonl", **more):
-    more = {"max_prompt": 500, "max_response": 500, "cache_dir": tmp_path / "cache", **more}
-    return data.load_questions(data_write(tmp_path / name, rows), tokenizer, **more)
+def read_questions(path, tokenizer, **more):
+    settings = {"max_prompt": 500, "max_response": 500, "cache_dir": Path(path).parent / "cache"}
+    return data.load_questions(str(path), tokenizer, **(settings | more))
+
+
+def questions_of(rows, tokenizer, folder, name="rows.jsonl", **more):
+    return read_questions(write_rows(folder / name, rows), tokenizer, **more)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.json"])
-def test_data_layouts(name, data_tok, tmp_path):
-    q = data_load(DATA_OPENR1, data_tok, tmp_path, name, checker=data_Check())
+def test_every_layout_is_read_from_every_kind_of_file(name, chat_tokenizer, tmp_path):
+    decode = chat_tokenizer.decode
+    q = questions_of(OPENR1_ROWS, chat_tokenizer, tmp_path, name, checker=GoldChecker())
     assert len(q) == 4 and q.dropped == {} and q.report() == "4 of 4 questions kept"
-    assert [x.answer for x in q] == ["0", "2", "4", "6"] and [x.id for x in q] == [
-        "0",
-        "1",
-        "2",
-        "3",
-    ]
+    assert [x.answer for x in q] == ["0", "2", "4", "6"]
+    assert [x.id for x in q] == ["0", "1", "2", "3"]
     assert q[1].kind == "math" and q[1].level == "" and q[1].behavior_logprobs is None
-    assert data_tok.decode(q[1].prompt) == (
+    assert decode(q[1].prompt) == (
         f"<|im_start|>system\n{DATA_SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert (
-        data_tok.decode(q[1].demonstration)
-        == DATA_OPENR1[1]["target"][0]["content"] + "<|endoftext|>"
-    )
-    q = data_load(DATA_GSM8K, data_tok, tmp_path, name, checker=data_Check())
-    assert [(x.answer, x.kind) for x in q] == [
-        ("1234", "number"),
-        ("2.5", "number"),
-        ("-5", "number"),
-    ]
-    assert data_tok.decode(q[0].demonstration) == DATA_GSM8K[0]["answer"] + "<|endoftext|>"
-    check = data_Check()
-    q = data_load(DATA_MATH, data_tok, tmp_path, name, checker=check)
+    response = OPENR1_ROWS[1]["target"][0]["content"]
+    assert decode(q[1].demonstration) == response + "<|endoftext|>"
+    assert data.system_prompt(q) == DATA_SYSTEM
+
+    q = questions_of(GSM8K_ROWS, chat_tokenizer, tmp_path, name, checker=GoldChecker())
+    golds = [("1234", "number"), ("2.5", "number"), ("-5", "number")]
+    assert [(x.answer, x.kind) for x in q] == golds
+    assert decode(q[0].demonstration) == GSM8K_ROWS[0]["answer"] + "<|endoftext|>"
+    assert data.system_prompt(q) is None
+
+    checker = GoldChecker()
+    q = questions_of(MATH_ROWS, chat_tokenizer, tmp_path, name, checker=checker)
     assert [(x.id, x.answer, x.level, x.kind) for x in q] == [
         ("test/algebra/1.json", "\\frac{x}{2}", "3", "math"),
         ("test/algebra/2.json", "8", "1", "math"),
     ]
-    assert (
-        check.asked_golds == [("\\frac{x}{2}", "math")] and len(check.asked) == 2
-    )  # 8 needs no parsing
+    # The gold answer 8 needs no parsing.
+    assert checker.shown_golds == [("\\frac{x}{2}", "math")] and len(checker.shown) == 2
 
 
-def test_data_named_fields(data_tok, tmp_path):
+def test_columns_may_be_named(chat_tokenizer, tmp_path):
     rows = [
         {"frage": "1+1?", "loesung": 2, "weg": "so \\boxed{2}"},
         {"frage": "2+2?", "loesung": "4", "weg": None},
     ]
-    q = data_load(
-        rows,
-        data_tok,
-        tmp_path,
-        question_field="frage",
-        answer_field="loesung",
-        solution_field="weg",
-        checker=data_Check(),
-    )
-    assert [(x.answer, x.demonstration is None) for x in q] == [
-        ("2", False),
-        ("4", True),
-    ]  # an answer that is a number works
-    q = data_load(rows, data_tok, tmp_path, question_field="frage", answer_field="loesung")
-    assert [x.demonstration for x in q] == [None, None]
-    with pytest.raises(
-        ValueError, match=r"found frage, loesung, weg; name the columns by --question-field"
-    ):
-        data_load(rows, data_tok, tmp_path)
-    with pytest.raises(ValueError, match=r"no column antwort; found frage, loesung, weg"):
-        data_load(rows, data_tok, tmp_path, question_field="frage", answer_field="antwort")
+
+    def named(question="", answer="", solution="", **more):
+        fields = {"question_field": question, "answer_field": answer, "solution_field": solution}
+        return questions_of(rows, chat_tokenizer, tmp_path, **fields, **more)
+
+    q = named("frage", "loesung", "weg", checker=GoldChecker())
+    # An answer that is a number works.
+    assert [(x.answer, x.demonstration is None) for x in q] == [("2", False), ("4", True)]
+    assert [x.demonstration for x in named("frage", "loesung")] == [None, None]
+    found = r"found frage, loesung, weg"
+    with pytest.raises(ValueError, match=f"{found}; name the columns by --question-field"):
+        named()
+    with pytest.raises(ValueError, match=f"no column antwort; {found}"):
+        named("frage", "antwort")
     with pytest.raises(ValueError, match="needed together"):
-        data_load(rows, data_tok, tmp_path, question_field="frage")
-    q = data_load(
-        [{"problem": "1+1?", "answer": "2"}], data_tok, tmp_path
-    )  # AIME and others: no solution
+        named("frage")
+    # AIME and others have no solution.
+    q = questions_of([{"problem": "1+1?", "answer": "2"}], chat_tokenizer, tmp_path)
     assert q[0].demonstration is None and q[0].answer == "2"
 
 
-def test_data_templates(data_tok, tmp_path):
-    plain, chat = data_tokenizer(chat=False), data_tok
-    q = "Why?"
+def test_kinds_options_contexts_and_several_answers_are_read_in_training(chat_tokenizer, tmp_path):
+    chat = {**openr1_row(1), "kind": "number", "level": 2, "unique_id": "u"}
+    (q,) = questions_of([chat], chat_tokenizer, tmp_path)
+    assert (q.kind, q.level, q.id) == ("number", "2", "u")
+    rows = [
+        {"question": "Which?", "options": ["one", "two"], "answer": "B", "category": "law"},
+        {"question": "And then?", "context": "Let x be 1.", "answer": ["$1$", 2.0]},
+        {"problem": "Number?", "answer": "7", "kind": "number", "subject": "s"},
+        {"question": "Which?", "options": {"A": "one"}, "answer": "A"},
+        {"question": "Which?", "options": list("abcdefghijk"), "answer": "A"},
+    ]
+    q = questions_of(rows, chat_tokenizer, tmp_path)
+    assert [(x.answer, x.kind, x.level) for x in q] == [
+        ("B", "choice", "law"),
+        ("$1$, 2", "math", ""),
+        ("7", "number", "s"),
+    ]
+    asked = [chat_tokenizer.decode(x.prompt) for x in q]
+    assert "user\nWhich?\n\nA. one\nB. two\n\nReason" in asked[0] and "\\boxed{}" in asked[0]
+    assert "user\nLet x be 1.\nAnd then?<" in asked[1] and "user\nNumber?<" in asked[2]
+    assert q.dropped == {"options are no list of at most 10": [3, 4]}
+
+
+def test_only_where_most_answers_are_worked_solutions_the_others_are_none(chat_tokenizer, tmp_path):
+    plain = {"question": "q", "answer": "no hashes"}
+    q = questions_of(GSM8K_ROWS + [plain], chat_tokenizer, tmp_path)
+    assert q.dropped == {"no gold answer": [3]} and len(q) == 3
+    q = questions_of(GSM8K_ROWS + [plain] * 3, chat_tokenizer, tmp_path)
+    assert [x.answer for x in q] == ["1234", "2.5", "-5"] + ["no hashes"] * 3
+    many = {"question": "q", "answer": "#### many"}
+    q = questions_of(GSM8K_ROWS + [many], chat_tokenizer, tmp_path)
+    assert q.dropped == {"gold answer cannot be parsed": [3]}
+
+
+def test_kind_column_says_how_answers_are_checked(chat_tokenizer, tmp_path):
+    question = {"question": "1,2=3?", "answer": "1 2 = 3", "kind": "countdown"}
+    rows = [
+        {**question, "solution": "[1+2]"},
+        {**question, "solution": "[2-1]"},
+        {**question, "answer": "three"},
+        {**question, "answer": "3", "kind": "chess"},
+        {"question": "x?", "answer": "3"},
+    ]
+    with evaluation.Checker() as checker:
+        found = questions_of(rows, chat_tokenizer, tmp_path, checker=checker)
+    assert [q.kind for q in found] == ["countdown", "math"]
+    assert found.dropped == {
+        "demonstration does not verify against its gold answer": [1],
+        "gold answer cannot be parsed": [2],
+        f"kind is none of {', '.join(evaluation.KINDS)}": [3],
+    }
+
+
+def test_templates(chat_tokenizer):
+    plain, chat, q = bpe_tokenizer(chat=False), chat_tokenizer, "Why?"
     assert plain.decode(data.render_prompt(plain, q)) == "Question: Why?\nAnswer:\n"
-    assert (
-        plain.decode(data.render_prompt(plain, q, "Be brief.", "<think>\n"))
-        == "Be brief.\n\nQuestion: Why?\nAnswer:\n<think>\n"
-    )
+    brief = plain.decode(data.render_prompt(plain, q, "Be brief.", "<think>\n"))
+    assert brief == "Be brief.\n\nQuestion: Why?\nAnswer:\n<think>\n"
     assert data.render_prompt(chat, q, template="plain") == data.render_prompt(plain, q)
-    assert (
-        chat.decode(data.render_prompt(chat, q))
-        == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    messages = DATA_OPENR1[0]["prompt"]
-    assert data.render_prompt(chat, messages, "") == data.render_prompt(
-        chat, messages[1]["content"]
-    )
-    assert data.render_prompt(chat, messages[1]["content"], DATA_SYSTEM) == data.render_prompt(
-        chat, messages
-    )
-    assert (
-        "Other" in chat.decode(data.render_prompt(chat, messages, "Other"))
-        and messages[0]["role"] == "system"
-    )
+    text = chat.decode(data.render_prompt(chat, q))
+    assert text == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    messages = OPENR1_ROWS[0]["prompt"]
+    user = messages[1]["content"]
+    assert data.render_prompt(chat, messages, "") == data.render_prompt(chat, user)
+    assert data.render_prompt(chat, user, DATA_SYSTEM) == data.render_prompt(chat, messages)
+    assert "Other" in chat.decode(data.render_prompt(chat, messages, "Other"))
+    assert messages[0]["role"] == "system"
     with pytest.raises(ValueError, match="no chat template"):
         data.render_prompt(plain, q, template="chat")
     with pytest.raises(ValueError, match="auto, chat or plain, not cat"):
         data.render_prompt(plain, q, template="cat")
-    strict = data_tokenizer()
-    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    strict = bpe_tokenizer()
+    strict.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('no system role') }}{% endif %}x"
+    )
     with pytest.raises(ValueError, match=r"no system role.*--system ''"):
         data.render_prompt(strict, messages)
     assert data.render_prompt(strict, messages, "")
-    thinks = data_tokenizer()  # a template that writes <think> itself gets no second one
-    thinks.chat_template = DATA_CHAT.replace("assistant\n", "assistant\n<think>\n")
-    assert data.render_prompt(thinks, q, generation_prefix="<think>\n") == data.render_prompt(
-        thinks, q
-    )
+
+
+def thinking_tokenizer():
+    """Its chat template begins the thought itself."""
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
+    return tokenizer
+
+
+def test_prefix_stands_once_and_in_the_prompt_alone(chat_tokenizer, tmp_path):
+    thinks = thinking_tokenizer()
+    prefixed = data.render_prompt(thinks, "Why?", generation_prefix="<think>\n")
+    assert prefixed == data.render_prompt(thinks, "Why?")
+
+    def response(rows, tokenizer, **more):
+        return tokenizer.decode(questions_of(rows, tokenizer, tmp_path, **more)[0].demonstration)
+
+    assert response(OPENR1_ROWS, chat_tokenizer).startswith("<think>\nAdd")
+    assert response(OPENR1_ROWS, thinks).startswith("Add")
+    # Nothing to strip:
+    gsm8k = response(GSM8K_ROWS, chat_tokenizer, generation_prefix="<think>\n")
+    assert gsm8k.startswith("She has")
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_data_special_tokens(chat, tmp_path):
-    tokenizer = data_tokenizer(chat, bos=True)
+def test_special_tokens_stand_where_they_must_and_once(chat, tmp_path):
+    tokenizer = bpe_tokenizer(chat, bos=True)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     assert tokenizer.pad_token_id == eos
-    rows = [
-        dict(r, target=[{"role": "assistant", "content": r["target"][0]["content"] + end}])
-        for r, end in zip(
-            DATA_OPENR1, ("", "<|endoftext|>", "<|endoftext|>\n", "<|endoftext|>more")
-        )
-    ]
-    q = data_load(rows, tokenizer, tmp_path, generation_prefix="<think>\n")
-    assert q.dropped == {"demonstration holds the end-of-text token": 1}
+    rows = []
+    for i, end in enumerate(("", "<|endoftext|>", "<|endoftext|>\n", "<|endoftext|>more")):
+        row = openr1_row(i)
+        row["target"][0]["content"] += end
+        rows.append(row)
+    q = questions_of(rows, tokenizer, tmp_path, generation_prefix="<think>\n")
+    assert q.dropped == {"demonstration holds the end-of-text token": [3]}
     for x in q:
         assert x.prompt.count(bos) == 1 and x.prompt[0] == bos and eos not in x.prompt
-        assert (
-            x.demonstration.count(eos) == 1
-            and x.demonstration[-1] == eos
-            and bos not in x.demonstration
-        )
-        assert tokenizer.decode(x.prompt).endswith(
-            "<think>\n"
-        ) and "<think>" not in tokenizer.decode(x.demonstration)
-        assert tokenizer.decode(x.demonstration).startswith("Add ")
-    tokenizer = data_tokenizer(chat)
+        assert x.demonstration.count(eos) == 1 and x.demonstration[-1] == eos
+        assert bos not in x.demonstration
+        response = tokenizer.decode(x.demonstration)
+        assert tokenizer.decode(x.prompt).endswith("<think>\n") and "<think>" not in response
+        assert response.startswith("Add ")
+    tokenizer = bpe_tokenizer(chat)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
-        data_load(DATA_GSM8K, tokenizer, tmp_path)
+        questions_of(GSM8K_ROWS, tokenizer, tmp_path)
 
 
-def test_data_prefix_only_where_the_prompt_has_it(data_tok, tmp_path):
-    assert data_tok.decode(data_load(DATA_OPENR1, data_tok, tmp_path)[0].demonstration).startswith(
-        "<think>\nAdd"
-    )
-    thinks = data_tokenizer()
-    thinks.chat_template = DATA_CHAT.replace("assistant\n", "assistant\n<think>\n")
-    assert thinks.decode(data_load(DATA_OPENR1, thinks, tmp_path)[0].demonstration).startswith(
-        "Add"
-    )
-    gsm = data_load(
-        DATA_GSM8K, data_tok, tmp_path, generation_prefix="<think>\n"
-    )  # nothing to strip
-    assert data_tok.decode(gsm[0].demonstration).startswith("She has")
+def test_tokens_are_the_tokenizers_own(chat_tokenizer):
+    texts = ["", " a", "naïve \u20ac<|im_end|>x", "\ta\n\n b" * 50, "\\frac{1}{2}", "\0"]
+    expected = chat_tokenizer(texts, add_special_tokens=False).input_ids
+    assert data.encode(chat_tokenizer, texts) == expected and data.encode(chat_tokenizer, []) == []
+    cut = bpe_tokenizer()  # a saved tokenizer may cut and pad by itself
+    cut.backend_tokenizer.enable_truncation(3)
+    cut.backend_tokenizer.enable_padding(length=9)
+    assert data.encode(cut, texts) == expected
 
 
-def test_data_drops(data_tok, tmp_path):
+def test_unusable_rows_are_dropped_and_counted_by_reason(chat_tokenizer, tmp_path):
     good = {"problem": "p", "answer": "5", "solution": "\\boxed{5}"}
-    rows = [
-        good,
-        {**good, "problem": "  "},
-        {**good, "problem": None},
-        {**good, "answer": ""},
-        {**good, "answer": None},
-        {**good, "answer": "???", "solution": "\\boxed{???}"},
-        {**good, "solution": "\\boxed{6}"},
-        {**good, "solution": "none"},
-        {**good, "problem": "long " * 2000},
-        {**good, "solution": "long " * 2000 + "\\boxed{5}"},
-        {**good, "solution": None},
-        {**good, "answer": [5]},
-        {"problem": "p"},
-        {**good, "answer": "???", "solution": "\\boxed{6}"},
-        {**good, "answer": True},
-        {**good, "solution": "\\boxed{ 5 }"},
+    unparsed, unverified = {"answer": "???"}, {"solution": "\\boxed{6}"}
+    # fmt: off
+    changes = [
+        {}, {"problem": "  "}, {"problem": None}, {"answer": ""}, {"answer": None},
+        unparsed | {"solution": "\\boxed{???}"}, unverified, {"solution": "none"},
+        {"problem": "long " * 2000}, {"solution": "long " * 2000 + "\\boxed{5}"},
+        {"solution": None}, {"answer": [5, None]}, {"problem": "p", "answer": None},
+        unparsed | unverified, {"answer": True}, {"solution": "\\boxed{ 5 }"},
+        {"problem": "\ud800"}, {"solution": "\udfff\\boxed{5}"}, {"unique_id": "\ud800"},
     ]
-    check = data_Check()
-    q = data_load(rows, data_tok, tmp_path, checker=check)
-    assert q.dropped_rows == {
+    # fmt: on
+    rows, checker = [good | change for change in changes], GoldChecker()
+    q = questions_of(rows, chat_tokenizer, tmp_path, checker=checker)
+    assert q.dropped == {
         "no question": [1, 2],
         "no gold answer": [3, 4, 11, 12, 14],
-        "prompt too long": [8],
         "gold answer cannot be parsed": [5, 13],
-        "demonstration too long": [9],
         "demonstration does not verify against its gold answer": [6, 7],
+        "prompt too long": [8],
+        "demonstration too long": [9],
+        "half a surrogate pair, which no tokenizer takes": [16, 17, 18],
     }
     assert [x.id for x in q] == ["0", "10", "15"] and q[1].demonstration is None
+    assert data.demonstrated(q) == data.demonstrated(list(q)) == [0, 2]
     assert q.report() == (
-        "3 of 16 questions kept; dropped: 2 no question (first: row 1), 5 no gold answer (first: row 3), "
-        "2 gold answer cannot be parsed (first: row 5), "
-        "2 demonstration does not verify against its gold answer (first: row 6), "
-        "1 prompt too long (first: row 8), 1 demonstration too long (first: row 9)"
+        "3 of 19 questions kept; dropped: 2 no question (first: line 2), "
+        "5 no gold answer (first: line 4), 2 gold answer cannot be parsed (first: line 6), "
+        "2 demonstration does not verify against its gold answer (first: line 7), "
+        "1 prompt too long (first: line 9), 1 demonstration too long (first: line 10), "
+        "3 half a surrogate pair, which no tokenizer takes (first: line 17)"
     )
-    assert (
-        check.asked_golds == [("???", "math")] and len(check.asked) == 4
-    )  # what is dropped already is not asked
-    assert (
-        len(data_load(rows, data_tok, tmp_path, checker=None)) == 7
-    )  # nothing verified: 5, 6, 7 and 13 stay
-    gsm = data_load(
-        DATA_GSM8K
-        + [{"question": "q", "answer": "no hashes"}, {"question": "q", "answer": "#### many"}],
-        data_tok,
-        tmp_path,
-    )
-    assert gsm.dropped == {"no gold answer": 1, "gold answer cannot be parsed": 1} and len(gsm) == 3
-    with pytest.raises(
-        ValueError,
-        match=r"no question is left: 0 of 1 questions kept; dropped: 1 no question \(first: row 0\)",
+    # The checker is not shown what is dropped already.
+    assert checker.shown_golds == [("???", "math")] and len(checker.shown) == 4
+    unchecked = questions_of(rows, chat_tokenizer, tmp_path)
+    assert [x.id for x in unchecked] == ["0", "5", "6", "7", "10", "13", "15"]
+    none = r"no question is left: 0 of 1 questions kept; dropped: 1 no question \(first: line 1\)"
+    with pytest.raises(ValueError, match=none):
+        questions_of([{"problem": "", "answer": "1"}], chat_tokenizer, tmp_path)
+
+
+def test_faults_are_named_by_line_element_or_row_in_any_batch(chat_tokenizer, tmp_path):
+    rows = [{"question": "q", "answer": str(i)} for i in range(700)]
+    rows[300] = rows[650] = {"question": "q", "answer": ""}
+    for name, first in (
+        ("a.jsonl", "line 301"),
+        ("a.json", "element 301"),
+        ("a.parquet", "row 300"),
     ):
-        data_load([{"problem": "", "answer": "1"}], data_tok, tmp_path)
+        q = questions_of(rows, chat_tokenizer, tmp_path, name)
+        assert q.dropped == {"no gold answer": [300, 650]} and len(q) == 698
+        assert f"(first: {first})" in q.report()
+        assert [x.id for x in q] == [str(i) for i in range(700) if i not in (300, 650)]
+        assert all(x.answer == x.id for x in q)
+    text = "".join("\n" + json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "blank.jsonl").write_text(text)
+    q = read_questions(tmp_path / "blank.jsonl", chat_tokenizer)
+    assert q.report() == "698 of 700 questions kept; dropped: 2 no gold answer (first: line 602)"
+    (tmp_path / "bad.jsonl").write_text(text + "{")
+    with pytest.raises(ValueError, match="bad.jsonl: line 1401 is not readable JSON"):
+        read_questions(tmp_path / "bad.jsonl", chat_tokenizer)
 
 
 @pytest.mark.parametrize("chat, bos", [(True, False), (False, True), (True, True)])
-def test_data_lengths_are_exact(chat, bos, tmp_path):
-    tokenizer = data_tokenizer(chat, bos)
-    rows = [
-        {
-            "problem": "naïve " * n + "a" * (n % 3),
-            "answer": "5",
-            "solution": "é" * n + " x" * n + "\\boxed{5}",
-        }
-        for n in range(1, 40)
+def test_lengths_are_exact(chat, bos, tmp_path):
+    tokenizer, rows = bpe_tokenizer(chat, bos), []
+    for n in range(1, 40):
+        solution = "é" * n + " x" * n + "\\boxed{5}"
+        rows.append({"problem": "naïve " * n + "a" * (n % 3), "answer": "5", "solution": solution})
+    whole = list(questions_of(rows, tokenizer, tmp_path, max_prompt=10**6, max_response=10**6))
+    path = tmp_path / "rows.jsonl"
+    for limit in sorted({len(x.prompt) for x in whole})[::3]:
+        fit = [x for x in whole if len(x.prompt) <= limit and len(x.demonstration) <= 2 * limit]
+        cut = read_questions(path, tokenizer, max_prompt=limit, max_response=2 * limit)
+        assert list(cut) == fit
+
+
+def test_behavior_logprobs_are_one_a_token_and_equal_ids_are_told_apart(chat_tokenizer, tmp_path):
+    n = len(questions_of(MATH_ROWS, chat_tokenizer, tmp_path)[1].demonstration)
+    values = [[-0.5] * n, [-0.5] * (n - 1), [float("nan")] * n, "x", None, [0] * n]
+    rows = [MATH_ROWS[1] | {"behavior_logprobs": value} for value in values]
+    rows += [{"problem": "p", "answer": "8", "behavior_logprobs": [1]}]  # no demonstration
+    q = questions_of(rows, chat_tokenizer, tmp_path)
+    fault = "behavior_logprobs are not one number for each demonstration token"
+    assert q.dropped == {fault: [1, 2, 3]}
+    assert [x.behavior_logprobs for x in q] == [[-0.5] * n, None, [0] * n, None]
+    name = "test/algebra/2.json"
+    assert [x.id for x in q] == [name, f"{name}#4", f"{name}#5", "6"]
+
+
+def test_second_load_is_read_silently_from_the_cache(chat_tokenizer, tmp_path, monkeypatch, capfd):
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        checker = GoldChecker()
+        first = questions_of(MATH_ROWS, chat_tokenizer, tmp_path, name, checker=checker)
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "prepare", None)
+            second = read_questions(tmp_path / name, chat_tokenizer, checker=GoldChecker())
+        assert len(checker.shown) == 2 and list(first) == list(second)
+        assert first.fingerprint == second.fingerprint
+    assert capfd.readouterr() == ("", "")
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [name for name in left if name.startswith("tmp") or name.endswith(".incomplete")]
+
+
+def test_other_settings_are_not_answered_from_the_cache(chat_tokenizer, tmp_path):
+    strict, any_answer, more_kinds = GoldChecker(), GoldChecker(), GoldChecker()
+    strict.require_think, any_answer.extract, more_kinds.kinds = True, "any", ("math", "number")
+    changes = [
+        {},
+        {"checker": strict},
+        {"checker": any_answer},
+        {"checker": more_kinds},
+        {"tokenizer": bpe_tokenizer(chat=False)},
+        {"tokenizer": bpe_tokenizer(bos=True)},
+        {"max_response": 499},
+        {"max_prompt": 499},
+        {"system": "Think."},
+        {"system": ""},
+        {"generation_prefix": "<think>\n"},
+        {"template": "plain"},
+        {"question_field": "problem", "answer_field": "answer", "solution_field": "solution"},
     ]
-    whole = data_load(rows, tokenizer, tmp_path, max_prompt=10**6, max_response=10**6)
-    for limit in {len(x.prompt) for x in whole}:
-        cut = data_load(rows, tokenizer, tmp_path, max_prompt=limit, max_response=2 * limit)
-        assert [x.id for x in cut] == [
-            x.id for x in whole if len(x.prompt) <= limit and len(x.demonstration) <= 2 * limit
-        ]
-    short = [
-        {"problem": "p", "answer": "5", "solution": "z" * n} for n in range(1, 30)
-    ]  # ASCII, where length may decide
-    whole = data_load(short, tokenizer, tmp_path)
-    cut = data_load(short, tokenizer, tmp_path, max_response=15)
-    assert [x.id for x in cut] == [x.id for x in whole if len(x.demonstration) <= 15]
+    path, prints = write_rows(tmp_path / "rows.jsonl", MATH_ROWS), set()
+    for change in changes:
+        settings = {"tokenizer": chat_tokenizer, "checker": GoldChecker()} | change
+        prints.add(read_questions(path, **settings).fingerprint)
+        assert len(settings["checker"].shown) == 2, change
+    assert len(prints) == len(changes)
 
 
-def test_data_behavior_logprobs(data_tok, tmp_path):
-    n = len(data_load(DATA_MATH, data_tok, tmp_path)[1].demonstration)
-    rows = [
-        dict(DATA_MATH[1], behavior_logprobs=v)
-        for v in ([-0.5] * n, [-0.5] * (n - 1), [float("nan")] * n, "x", None, [0] * n)
-    ]
-    q = data_load(rows, data_tok, tmp_path)
-    assert q.dropped == {"behavior_logprobs are not one number for each demonstration token": 3}
-    assert [x.behavior_logprobs for x in q] == [[-0.5] * n, None, [0] * n]
-    assert [x.id for x in q] == [
-        "test/algebra/2.json",
-        "test/algebra/2.json#4",
-        "test/algebra/2.json#5",
-    ]  # duplicate ids told apart
-
-
-def test_data_cache(data_tok, tmp_path):
-    check = data_Check()
-    first = data_load(DATA_MATH, data_tok, tmp_path, checker=check)
-    asked = len(check.asked)
-    second = data.load_questions(
-        str(tmp_path / "rows.jsonl"),
-        data_tok,
-        max_prompt=500,
-        max_response=500,
-        checker=check,
-        cache_dir=tmp_path / "cache",
-    )
-    assert (
-        asked
-        and len(check.asked) == asked
-        and list(first) == list(second)
-        and first.fingerprint == second.fingerprint
-    )
-    assert not [
-        f for f in os.listdir(tmp_path / "cache") if not f.endswith(".json")
-    ]  # nothing half-written
-
-    class Other(data_Check):
-        require_think = True
-
-    strict = Other()
-    data_load(DATA_MATH, data_tok, tmp_path, checker=strict)
-    assert strict.asked  # another way of checking is not answered from the cache
-    third = data.load_questions(
-        str(tmp_path / "rows.jsonl"),
-        data_tok,
-        max_prompt=500,
-        max_response=499,
-        checker=check,
-        cache_dir=tmp_path / "cache",
-    )
-    assert (
-        len(check.asked) > asked and third.fingerprint != first.fingerprint
-    )  # other settings are checked anew
-    other = data_tokenizer(chat=False)
-    before = len(check.asked)
-    data_load(DATA_MATH, other, tmp_path, checker=check)
-    assert len(check.asked) > before
-    q = data_load(DATA_MATH[:1], data_tok, tmp_path, checker=check)  # another file of the same name
-    assert len(q) == 1 and q[-1] == q[0] and list(q) == [q[0]]
-    with pytest.raises(IndexError):
-        q[1]
+def test_a_changed_file_is_never_answered_from_the_cache(chat_tokenizer, tmp_path):
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        prints, path = set(), tmp_path / name
+        for answer in "123":  # files of one size
+            q = questions_of([{"question": "q", "answer": answer}], chat_tokenizer, tmp_path, name)
+            assert [x.answer for x in q] == [answer] and q[-1] == q[0]
+            prints.add(q.fingerprint)
+            stat = path.stat()
+        assert len(prints) == 3
+        q = questions_of([{"question": "q", "answer": "1234"}], chat_tokenizer, tmp_path, name)
+        write_rows(path, [{"question": "q", "answer": "12345678"}])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the time of an earlier one
+        assert read_questions(path, chat_tokenizer)[0].answer == "12345678"
+        with pytest.raises(IndexError):
+            q[1]
 
 
 @pytest.mark.parametrize(
@@ -1925,228 +1959,157 @@ def test_data_cache(data_tok, tmp_path):
     [
         b'\xef\xbb\xbf{"question": "q", "answer": "1"}\n{"question": "r", "answer": 2}\n',
         b'{"question": "q", "answer": "1"}\r\n{"question": "r", "answer": 2}\r\n\r\n',
-        b'\n{"question": "q", "answer": "1"}\n  \n{"question": "r", "answer": "2", "more": [1, {"a": null}]}',
+        b'\n{"question": "q", "answer": "1"}\n  \n'
+        b'{"question": "r", "answer": "2", "more": [1, {"a": null}]}',
         b'\xef\xbb\xbf\r\n{"answer": 1, "question": "q"}\r\n{"question": "r", "answer": 2}',
+        b'{"question": "q", "answer": 1}\n'
+        b'\xef\xbb\xbf{"question": "r\xe2\x80\xa8\xc2\x85", "answer": 2}',
+        b'{"question": "q", "answer": 1, "when": "2024-01-01"}\n'
+        b'{"question": "r", "answer": "2", "when": 3}',
     ],
 )
-def test_data_jsonl_forms(text, data_tok, tmp_path):
+def test_jsonl_may_have_byte_order_marks_any_line_ends_and_mixed_types(
+    text, chat_tokenizer, tmp_path
+):
     (tmp_path / "f.jsonl").write_bytes(text)
-    q = data.load_questions(
-        str(tmp_path / "f.jsonl"),
-        data_tok,
-        max_prompt=99,
-        max_response=99,
-        cache_dir=tmp_path / "c",
-    )
-    assert [(x.answer, data_tok.decode(x.prompt).count("user\nq")) for x in q] == [
-        ("1", 1),
-        ("2", 0),
-    ]
+    q = read_questions(tmp_path / "f.jsonl", chat_tokenizer)
+    asked = [chat_tokenizer.decode(x.prompt) for x in q]
+    assert ["user\nq" in text for text in asked] == [True, False]
+    assert [x.answer for x in q] == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("a.jsonl", b"", r"a\.jsonl: holds no rows$"),
-        ("a.jsonl", b"\n \n", r"a\.jsonl: holds no rows$"),
-        ("a.json", b"[]", "holds no rows$"),
-        (
-            "a.jsonl",
-            b'{"question": "q"}\n\n{"question": \n',
-            r"a\.jsonl: line 3 is not readable JSON: Expecting value$",
-        ),
-        ("a.jsonl", b'{"question": "q"}\n[1, 2]\n', r"line 2 is a list, not an object like"),
-        ("a.jsonl", b'"text"\n', r"line 1 is a str, not an object"),
-        ("a.jsonl", b'{"a": "\xff"}\n', r"line 1 is not readable JSON"),
-        ("a.jsonl", b'{"a": "\\ud800"}\n', r"line 1 is not readable JSON: 'utf-8' codec"),
-        ("a.jsonl", b"[" * 10**6, "line 1 is not readable JSON"),
-        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not readable JSON"),
-        ("a.json", b'[{"a": 1},\n{"a"}]', "array is not readable.*line 2"),
-        ("a.json", b'[{"a": 1}, 2]', r"element 2 is a int, not an object"),
-        ("a.parquet", b"", r"a\.parquet: not a readable parquet file: "),
-        ("a.parquet", b'{"question": 1}', "not a readable parquet file: "),
-        ("a.parquet", b"PAR1 but no more", "not a readable parquet file"),
-        (
-            "a.csv",
-            b"x",
-            r"neither a \.jsonl, \.json or \.parquet file nor a Hub dataset owner/name$",
-        ),
-    ],
-)
-def test_data_file_errors(name, text, message, tmp_path):
+# fmt: off
+@pytest.mark.parametrize("name, text, message", [
+    ("a.jsonl", b"", r"a\.jsonl: holds no rows$"),
+    ("a.jsonl", b"\n \n", r"a\.jsonl: holds no rows$"),
+    ("a.json", b"[]", "holds no rows$"),
+    ("a.jsonl", b'{"question": "q"}\n\n{"question": \n',
+     r"a\.jsonl: line 3 is not readable JSON: Expecting value$"),
+    ("a.jsonl", b'{"question": "q"}\n[1, 2]\n', "line 2 is a list, not an object like"),
+    ("a.jsonl", b'"text"\n', "line 1 is a str, not an object"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2 is not readable JSON: 'utf-8' codec"),
+    ("a.jsonl", b"[" * 10**6, "line 1 is not readable JSON"),
+    ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not readable JSON"),
+    ("a.json", b'[{"a": 1},\n{"a"}]', "array is not readable.*line 2"),
+    ("a.json", b'[{"a": 1}, 2]', "element 2 is a int, not an object"),
+    ("a.parquet", b"", r"a\.parquet: not a readable parquet file: "),
+    ("a.parquet", b'{"question": 1}', "not a readable parquet file: "),
+    ("a.parquet", b"PAR1 but no more", "not a readable parquet file"),
+    ("a.csv", b"x", r"neither a \.jsonl, \.json or \.parquet file nor a Hub dataset owner/name$"),
+])
+# fmt: on
+def test_files_that_cannot_be_read_are_refused_in_one_line(name, text, message, tmp_path, capfd):
     (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError, match=message) as error:
         data.load_rows(str(tmp_path / name), cache_dir=tmp_path / "c")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    assert capfd.readouterr() == ("", "")
 
 
-def test_data_source_errors(tmp_path, monkeypatch):
+def test_sources_that_are_not_there_or_damaged_are_refused(tmp_path, monkeypatch):
+    def refused(source, message, **more):
+        with pytest.raises(ValueError, match=message) as error:
+            data.load_rows(str(source), cache_dir=tmp_path / "c", **more)
+        assert "\n" not in str(error.value)
+
     for name in ("no.jsonl", "no.json", "no.parquet"):
-        with pytest.raises(ValueError, match=f"{name}: no such file$"):
-            data.load_rows(str(tmp_path / name))
+        refused(tmp_path / name, f"{name}: no such file$")
     (tmp_path / "dir.jsonl").mkdir()
-    with pytest.raises(ValueError, match="no such file"):
-        data.load_rows(str(tmp_path / "dir.jsonl"))
-    with pytest.raises(ValueError, match="nor a Hub dataset owner/name"):
-        data.load_rows("gsm8k")
-    with pytest.raises(ValueError, match="are for Hub datasets"):
-        data.load_rows(data_write(tmp_path / "a.jsonl", DATA_MATH), split="train")
-    pyarrow.parquet.write_table(
-        pyarrow.table({"question": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet"
-    )
-    with pytest.raises(ValueError, match="holds no rows"):
-        data.load_rows(str(tmp_path / "none.parquet"), cache_dir=tmp_path / "c")
-    path = Path(data_write(tmp_path / "half.parquet", DATA_OPENR1))
-    path.write_bytes(path.read_bytes()[:-40] + b"x" * 40)
-    with pytest.raises(ValueError, match="half.parquet: not a readable parquet file"):
-        data.load_rows(str(path), cache_dir=tmp_path / "c")
-    path = Path(data_write(tmp_path / "hole.parquet", DATA_OPENR1 * 1000))
-    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 500 + path.read_bytes()[504:])
-    with pytest.raises(ValueError, match="hole.parquet: not a readable parquet file"):
-        data.load_rows(str(path), cache_dir=tmp_path / "c")
+    refused(tmp_path / "dir.jsonl", "no such file")
+    refused("gsm8k", "nor a Hub dataset owner/name")
+    refused(write_rows(tmp_path / "a.jsonl", MATH_ROWS), "are for Hub datasets", split="train")
+    empty = pyarrow.table({"question": pyarrow.array([], pyarrow.string())})
+    pyarrow.parquet.write_table(empty, tmp_path / "none.parquet")
+    refused(tmp_path / "none.parquet", "holds no rows")
+    for name, rows in (("half.parquet", OPENR1_ROWS), ("hole.parquet", OPENR1_ROWS * 1000)):
+        path = Path(write_rows(tmp_path / name, rows))
+        whole = path.read_bytes()
+        half, hole = whole[:-40] + b"x" * 40, whole[:4] + b"\xff" * 500 + whole[504:]
+        path.write_bytes(half if name == "half.parquet" else hole)
+        refused(path, f"{name}: not a readable parquet file")
     monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match="no-one/nothing: not loaded from the Hub: .*owner/name"
-    ) as error:
-        data.load_rows("no-one/nothing", cache_dir=tmp_path / "c")
-    assert "\n" not in str(error.value)
+    refused("no-one/nothing", "no-one/nothing: not loaded from the Hub: .*owner/name")
 
 
-def test_data_hub_arguments(monkeypatch):
+def test_paths_may_hold_any_character(chat_tokenizer, tmp_path):
+    for name in ("a[1].jsonl", "b*?.jsonl", ".hidden.jsonl", "c d%20#.jsonl", "[e].parquet"):
+        q = questions_of(MATH_ROWS, chat_tokenizer, tmp_path, name)
+        assert len(q) == 2, name
+
+
+def test_hub_arguments_arrive(monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        data.datasets,
-        "load_dataset",
-        lambda name, config, **more: seen.update(name=name, config=config, **more) or [1],
-    )
+
+    def load_dataset(name, config, **more):
+        seen.update(name=name, config=config, **more)
+        return datasets.Dataset.from_list(MATH_ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data.load_rows("openai/gsm8k", "test", "main", "abc")
-    assert seen == {
-        "name": "openai/gsm8k",
-        "config": "main",
-        "split": "test",
-        "revision": "abc",
-        "cache_dir": None,
-    }
-    data.load_rows("openai/gsm8k")
-    assert seen["split"] == "train"
+    assert (seen["name"], seen["config"]) == ("openai/gsm8k", "main")
+    assert (seen["split"], seen["revision"], seen["cache_dir"]) == ("test", "abc", None)
+    rows = data.load_rows("openai/gsm8k")
+    assert seen["split"] == "train" and seen["config"] is None
+    assert rows.place(1) == "openai/gsm8k: row 1" and [row for _, row in rows] == MATH_ROWS
 
 
-def test_data_wrong_types(data_tok, tmp_path):
-    """Whatever stands in a cell, a row is dropped and counted, and its neighbours are kept."""
-    wrong = [
-        None,
-        1,
-        -2.5,
-        True,
-        "",
-        [],
-        {},
-        [None],
-        [{}],
-        {"role": 1},
-        [{"role": "user"}],
-        [{"role": "user", "content": 5}],
-        "\x00",
-        [[]],
-        float("nan"),
-    ]
-    good = DATA_OPENR1[1]
-    rows = [good] + [
-        {**good, column: w} for column in ("prompt", "target", "reward_model") for w in wrong
-    ]
-    rows += [{k: v for k, v in good.items() if k != column} for column in good]
-    q = data_load(rows, data_tok, tmp_path, checker=data_Check())
-    assert (
-        len(q) + sum(q.dropped.values()) == len(rows)
-        and q[0].id == "0"
-        and set(q.dropped)
-        <= {
-            "no question",
-            "no gold answer",
-            "demonstration does not verify against its gold answer",
-        }
-    )
-    assert all(x.answer and x.prompt for x in q)
-    rows = [DATA_MATH[0]] + [{**DATA_MATH[0], column: w} for column in DATA_MATH[0] for w in wrong]
-    q = data_load(rows, data_tok, tmp_path, checker=data_Check())
-    assert len(q) + sum(q.dropped.values()) == len(rows) and len({x.id for x in q}) == len(q)
-
-
-DATA_ODD = [
-    None,
-    True,
-    -1,
-    2.5,
-    float("nan"),
-    float("inf"),
-    10**400,
-    "",
-    " ",
-    "\0",
-    "\u202e5",
-    "x" * 5000,
-    [],
-    [[]],
-    {},
-    {"a": [1]},
-    ["a", None],
-    "\ud800",
-    "9" * 5000,
-    "1e999",
-    "-0.0",
+# fmt: off
+WRONG_CELLS = [
+    None, 1, -2.5, True, "", [], {}, [None], [{}], {"role": 1}, [{"role": "user"}],
+    [{"role": "user", "content": 5}], "\x00", [[]], float("nan"), "\ud800",
 ]
+# fmt: on
 
 
-def data_fuzzed(draw, columns):
+def test_whatever_stands_in_a_cell_its_row_alone_is_dropped(chat_tokenizer, tmp_path):
+    good = OPENR1_ROWS[1]
+    for column in ("prompt", "target", "reward_model", "kind", "level", "unique_id"):
+        rows = [good] + [good | {column: wrong} for wrong in WRONG_CELLS]
+        q = questions_of(rows, chat_tokenizer, tmp_path, checker=GoldChecker())
+        counts = map(len, q.dropped.values())
+        assert len(q) + sum(counts) == len(rows) and q[0].id == "0"
+        assert all(x.answer and x.prompt for x in q)
+    rows = [good] + [{key: good[key] for key in good if key != column} for column in good]
+    q = questions_of(rows, chat_tokenizer, tmp_path, checker=GoldChecker())
+    assert q.dropped == {"no question": [2], "no gold answer": [5]} and len(q) == 5
+    for column in MATH_ROWS[0]:
+        rows = [MATH_ROWS[0]] + [MATH_ROWS[0] | {column: wrong} for wrong in WRONG_CELLS]
+        q = questions_of(rows, chat_tokenizer, tmp_path, checker=GoldChecker())
+        counts = map(len, q.dropped.values())
+        assert len(q) + sum(counts) == len(rows) and len({x.id for x in q}) == len(q)
+
+
+# fmt: off
+ODD_CELLS = [
+    None, True, -1, 2.5, float("nan"), float("inf"), 10**400, "", " ", "\0", "\u202e5", "x" * 5000,
+    [], [[]], {}, {"a": [1]}, ["a", None], "\ud800", "9" * 5000, "1e999", "-0.0",
+]
+ODD_BYTES = [b"\xff", b"\0", b"\xef\xbb\xbf", b"{", b'"', b"[" * 2000, b"\xc3", b"NaN", b"\\ud800"]
+# fmt: on
+
+
+def fuzzed_jsonl(draw, columns):
     """A JSONL file with something wrong here and there: values, columns, bytes."""
     rows = []
     for _ in range(draw.randint(1, 6)):
-        row = {
-            c: draw.choice(DATA_ODD)
-            if draw.random() < 0.3
-            else "\\boxed{5}"
-            if c != "answer"
-            else "5"
-            for c in columns
-            if draw.random() < 0.9
-        }
+        row = {}
+        for column in columns:
+            good = "5" if column == "answer" else "\\boxed{5}"
+            if draw.random() < 0.9:
+                row[column] = draw.choice(ODD_CELLS) if draw.random() < 0.3 else good
         if draw.random() < 0.1:
             row = draw.choice([row, [row], None, 5, "text"])
         rows.append(json.dumps(row).encode())
     text = draw.choice([b"\n", b"\r\n", b"\n\n"]).join(rows)
     if draw.random() < 0.3:
         at = draw.randrange(len(text) + 1)
-        text = (
-            text[:at]
-            + draw.choice(
-                [
-                    b"\xff",
-                    b"\0",
-                    b"\xef\xbb\xbf",
-                    b"{",
-                    b'"',
-                    b"[" * 2000,
-                    b"\xc3",
-                    b"NaN",
-                    b"\\ud800",
-                ]
-            )
-            + text[at:]
-        )
-    return draw.choice(
-        [
-            text,
-            text,
-            text,
-            b"\xef\xbb\xbf" + text,
-            text.decode("latin-1").encode("utf-16"),
-            text[:-3],
-        ]
-    )
+        text = text[:at] + draw.choice(ODD_BYTES) + text[at:]
+    wide = text.decode("latin-1").encode("utf-16")
+    return draw.choice([text, text, text, b"\xef\xbb\xbf" + text, wide, text[:-3]])
 
 
-def data_reads(load, name):
+def reads_or_refuses(load, name):
     """Loads, or refuses in one short line."""
     try:
         return load()
@@ -2154,69 +2117,49 @@ def data_reads(load, name):
         assert "\n" not in str(error) and len(str(error)) < 600 and str(name) in str(error), error
 
 
+def whole_questions(path, tokenizer):
+    """The questions of a fuzzed file, each whole, and every row counted; None where refused."""
+    load = lambda: read_questions(path, tokenizer, checker=GoldChecker())
+    questions = reads_or_refuses(load, path)
+    if questions is not None:
+        dropped = sum(map(len, questions.dropped.values()))
+        assert len(questions) + dropped == len(questions.table)
+        assert all(q.prompt and q.answer for q in questions)
+        assert len({q.id for q in questions}) == len(questions)
+    return questions
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_data_fuzzed_jsonl(data_tok, tmp_path, seed):
+def test_fuzzed_jsonl_is_read_or_refused(chat_tokenizer, tmp_path, seed):
     draw, read = random.Random(seed), 0
+    columns = ["problem", "answer", "solution", "level", "unique_id", "behavior_logprobs"]
     for i in range(40):
         path = tmp_path / f"fuzz{i}.jsonl"
-        path.write_bytes(
-            data_fuzzed(
-                draw, ["problem", "answer", "solution", "level", "unique_id", "behavior_logprobs"]
-            )
-        )
-        questions = data_reads(
-            lambda: data.load_questions(
-                str(path),
-                data_tok,
-                max_prompt=500,
-                max_response=500,
-                cache_dir=tmp_path / "c",
-                checker=data_Check(),
-            ),
-            path,
-        )
-        if questions is not None:
-            assert len(questions) + sum(questions.dropped.values()) == len(questions.rows)
-            assert all(q.prompt and q.answer for q in questions) and len(
-                {q.id for q in questions}
-            ) == len(questions)
-            read += 1
+        path.write_bytes(fuzzed_jsonl(draw, columns))
+        read += whole_questions(path, chat_tokenizer) is not None
     assert read > 1
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_data_fuzzed_parquet(data_tok, tmp_path, seed):
+def test_fuzzed_parquet_is_read_or_refused(chat_tokenizer, tmp_path, seed):
     draw = random.Random(seed)
-    whole = Path(data_write(tmp_path / "whole.parquet", DATA_OPENR1 * 50)).read_bytes()
+    whole = Path(write_rows(tmp_path / "whole.parquet", OPENR1_ROWS * 50)).read_bytes()
     for i in range(40):
         path, at = tmp_path / f"fuzz{i}.parquet", draw.randrange(len(whole))
-        path.write_bytes(
-            draw.choice(
-                [
-                    whole[:at],
-                    whole[at:],
-                    whole[:at] + draw.randbytes(draw.randint(1, 50)) + whole[at:],
-                    whole[:at] + draw.randbytes(9) + whole[at + 9 :],
-                    whole[:-200] + draw.randbytes(200),
-                    b"PAR1" + draw.randbytes(100) + b"PAR1",
-                    whole * 2,
-                ]
-            )
-        )
-        questions = data_reads(
-            lambda: data.load_questions(
-                str(path),
-                data_tok,
-                max_prompt=500,
-                max_response=500,
-                cache_dir=tmp_path / "c",
-                checker=data_Check(),
-            ),
-            path,
-        )
-        assert questions is None or len(questions) + sum(questions.dropped.values()) == len(
-            questions.rows
-        )
+        damaged = [
+            whole[:at],
+            whole[at:],
+            whole[:at] + draw.randbytes(draw.randint(1, 50)) + whole[at:],
+            whole[:at] + draw.randbytes(9) + whole[at + 9 :],
+            whole[:-200] + draw.randbytes(200),
+            b"PAR1" + draw.randbytes(100) + b"PAR1",
+            whole * 2,
+        ]
+        path.write_bytes(draw.choice(damaged))
+        whole_questions(path, chat_tokenizer)
+
+
+def test_parquet_columns_may_have_any_type(chat_tokenizer, tmp_path):
     odd = {
         "int": [1, 2],
         "bytes": [b"a", b"5"],
@@ -2227,119 +2170,55 @@ def test_data_fuzzed_parquet(data_tok, tmp_path, seed):
         "text": ["5", None],
         "float": [float("nan"), 5.0],
     }
+    read = set()
     for question, answer in itertools.product(odd, odd):
         path = tmp_path / f"{question}-{answer}.parquet"
-        pyarrow.parquet.write_table(
-            pyarrow.table({"problem": odd[question], "answer": odd[answer]}), path
-        )
-        questions = data_reads(
-            lambda: data.load_questions(
-                str(path),
-                data_tok,
-                max_prompt=500,
-                max_response=500,
-                cache_dir=tmp_path / "c",
-                checker=data_Check(),
-            ),
-            path,
-        )
-        assert questions is None or [q.answer for q in questions if q.prompt]
+        table = pyarrow.table({"problem": odd[question], "answer": odd[answer]})
+        pyarrow.parquet.write_table(table, path)
+        if whole_questions(path, chat_tokenizer) is not None:
+            read.add((question, answer))
+    assert read == {
+        *itertools.product(["int"], ["int", "list", "text", "float"]),
+        *itertools.product(["text"], ["int", "list", "text"]),
+        *itertools.product(["float"], ["int", "float"]),
+    }
 
 
-def test_data_long_line(data_tok, tmp_path):
-    """A 100 MB line costs no tokenising, and a text in the tokenizer's worst case none beyond the limit's reach."""
+def test_texts_far_too_long_are_not_tokenised(chat_tokenizer, tmp_path):
     rows = [
         {"problem": "p", "answer": "5", "solution": "a" * 100_000_000 + "\\boxed{5}"},
         {"problem": "\u20ac" * 7_000_000, "answer": "5"},
         {"problem": "p", "answer": "5", "solution": "\\boxed{" * 1_000_000},
         {"problem": "p", "answer": "5"},
     ]
-    q = data_load(
-        rows, data_tok, tmp_path, max_response=8192, max_prompt=1024, checker=data_Check()
-    )
-    assert q.dropped == {"demonstration too long": 2, "prompt too long": 1} and len(q) == 1
+    limits = {"max_response": 8192, "max_prompt": 1024}
+    q = questions_of(rows, chat_tokenizer, tmp_path, checker=GoldChecker(), **limits)
+    assert q.dropped == {"demonstration too long": [0, 2], "prompt too long": [1]} and len(q) == 1
 
 
-def test_data_counts_tokens_at_first_use_beyond_a_bound(data_tok, tmp_path, monkeypatch):
-    solutions = ["\u20ac" * n + "\\boxed{5}" for n in (10, 60, 10, 60, 50_000)] + ["\\boxed{5}"]
-    rows = [{"problem": f"p{i}", "answer": "5", "solution": s} for i, s in enumerate(solutions)] + [
-        {"problem": "q", "answer": "5"}
-    ]
-    length = len(data._encode(data_tok, [solutions[0]])[0]) + 1
-    limit = length + 20
-    assert (
-        len(data._encode(data_tok, [solutions[1]])[0]) > limit
-    )  # as the last but one, which its characters alone tell
-    exact = data_load(rows, data_tok, tmp_path, max_response=limit, checker=data_Check())
-    assert exact.open == 0 and exact.dropped == {"demonstration too long": 3} and len(exact) == 4
-    monkeypatch.setattr(data, "COUNTED_CHARS", len(solutions[0]) + len(solutions[1]))
-    (tmp_path / "later").mkdir()
-    later = data_load(rows, data_tok, tmp_path / "later", max_response=limit, checker=data_Check())
-    assert (
-        later.dropped_rows["demonstration too long"][0] == 1
-        and "of 2 demonstrations" in later.report()
-        and later.open == 2
-    )
-    found = {q.id: q.demonstration for q in later}
-    assert (
-        found["0"] == exact[0].demonstration
-        and len(found["2"]) == length
-        and found["3"] is None
-        and found["6"] is None
-    )
-    assert data.demonstrated(later) == [k for k, i in enumerate(later.kept) if i != 6]
-
-
-def test_data_gsm8k_and_math500(data_tok, tmp_path):
-    if not DATA_SHARED:
+def test_gsm8k_and_math500_are_read_whole(chat_tokenizer, tmp_path):
+    if not SHARED_DATA:
         pytest.skip("../shared/data is not here")
-    q = data.load_questions(
-        str(DATA_SHARED / "gsm8k_test.jsonl"),
-        data_tok,
-        max_prompt=1024,
-        max_response=2048,
-        cache_dir=tmp_path,
-    )
-    assert (
-        len(q) == 1319
-        and q.dropped == {}
-        and q[0].answer == "18"
-        and {q[i].kind for i in range(50)} == {"number"}
-    )
-    train = data.load_questions(
-        str(DATA_SHARED / "gsm8k_train.jsonl"),
-        data_tok,
-        max_prompt=1024,
-        max_response=2048,
-        cache_dir=tmp_path,
-    )
-    assert len(train) == 7473 and train.dropped == {}
-    check = data_Check()
-    q = data.load_questions(
-        str(DATA_SHARED / "math500.jsonl"),
-        data_tok,
-        max_prompt=2048,
-        max_response=8192,
-        checker=check,
-        cache_dir=tmp_path,
-    )
-    assert (
-        len(q) + sum(q.dropped.values()) == 500 and len(q) > 450
-    )  # the stub is stricter than the checker
-    assert len(check.asked) == len(q) + q.dropped.get(
-        "demonstration does not verify against its gold answer", 0
-    )
-    whole = data.load_questions(
-        str(DATA_SHARED / "math500.jsonl"),
-        data_tok,
-        max_prompt=2048,
-        max_response=8192,
-        cache_dir=tmp_path,
-    )
-    assert (
-        len(whole) == 500 and whole[0].id == "test/precalculus/807.json" and whole[0].level == "2"
-    )
-    assert len(check.asked_golds) == 129  # plain numbers and fractions are not parsed again
+
+    def load(name, **more):
+        settings = {"max_prompt": 2048, "max_response": 8192, "cache_dir": tmp_path}
+        return read_questions(SHARED_DATA / name, chat_tokenizer, **(settings | more))
+
+    for name, count in (("gsm8k_test.jsonl", 1319), ("gsm8k_train.jsonl", 7473)):
+        q = load(name)
+        assert len(q) == len(data.demonstrated(q)) == count and q.dropped == {}
+        assert {q[i].kind for i in range(50)} == {"number"}
+    assert load("gsm8k_test.jsonl")[0].answer == "18"
+    checker = GoldChecker()
+    q = load("math500.jsonl", checker=checker)
+    unverified = q.dropped.pop("demonstration does not verify against its gold answer")
+    # The stub is stricter than the checker.
+    assert len(q) + len(unverified) == len(checker.shown) == 500 and not q.dropped and len(q) > 450
+    # Plain numbers and fractions are not parsed again.
+    assert len(set(checker.shown_golds)) == 129
+    whole = load("math500.jsonl")
+    assert len(whole) == 500
+    assert (whole[0].id, whole[0].level) == ("test/precalculus/807.json", "2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2960,165 +2839,128 @@ def test_benchmarks_follow_the_protocol():
     assert (evaluation.BENCHES["amc"].rows, evaluation.BENCHES["amc23"].rows) == (83, 40)
 
 
-def test_eval_local_questions(tmp_path, monkeypatch):
+def rendered_texts(monkeypatch) -> list:
+    """Puts in the place of rendering a list of what was to be rendered, and how."""
     seen = []
-    monkeypatch.setattr(
-        data, "render_prompt", lambda t, text, **kw: seen.append((text, kw)) or [1], raising=False
-    )
+
+    def render(tokenizer, messages, **style):
+        seen.append((messages[-1]["content"], style))
+        return [1]
+
+    monkeypatch.setattr(data, "render_prompt", render)
+    return seen
+
+
+def test_benchmark_files_are_read_as_training_rows_are(tmp_path, monkeypatch):
+    seen = rendered_texts(monkeypatch)
     rows = [
         {"question": "1+1?", "answer": "work\n#### 1,002", "level": 3},
         {"problem": "x?", "answer": "\\frac12"},
         {"question": "Which?", "options": ["one", "two"], "answer": "B", "category": "law"},
         {"question": "Float?", "answer": 12.0},
         {"question": "Several?", "answer": ["$1$", "2"]},
+        {"question": "Half?", "answer": "#### 1/2"},
+        {"question": "Task?", "answer": "1 2 = 3", "kind": "countdown"},
     ]
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     questions = evaluation.load_questions(str(path), None, "be brief", "<think>\n")
     assert [(q.id, q.answer, q.kind, q.level) for q in questions] == [
-        ("my.jsonl/0", "1,002", "number", "3"),
+        ("my.jsonl/0", "1002", "number", "3"),
         ("my.jsonl/1", "\\frac12", "math", ""),
         ("my.jsonl/2", "B", "choice", "law"),
         ("my.jsonl/3", "12", "math", ""),
         ("my.jsonl/4", "$1$, 2", "math", ""),
+        ("my.jsonl/5", "1/2", "number", ""),
+        ("my.jsonl/6", "1 2 = 3", "countdown", ""),
     ]
     assert seen[0] == ("1+1?", {"system": "be brief", "generation_prefix": "<think>\n"})
     assert seen[2][0].startswith("Which?\n\nA. one\nB. two\n")
-    good = json.dumps({"question": "a", "answer": "1"}) + "\n"
-    for text, message in [
-        (good + '{"answer": "1"}\n', ":2: the row has no question or problem"),
-        ("", "no rows"),
-        (good + "{\n", ":2: not a line of JSON"),
-        ("[1]\n", ":1: a row must be"),
-        ("[" * 100_000, ":1: not a line of JSON"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            evaluation.load_questions(str(path), None, None, "")
+    path = Path(write_rows(tmp_path / "chat.parquet", OPENR1_ROWS))
+    questions = evaluation.load_questions(str(path), None, None, "")
+    assert [q.answer for q in questions] == ["0", "2", "4", "6"]
+    assert {q.demonstration for q in questions} == {None}
+
+
+# fmt: off
+@pytest.mark.parametrize("text, message", [
+    ('{"answer": "1"}', "line 2: no question; its columns are .'answer'"),
+    ('{"question": "q", "answer": "w ####"}', "line 2: no gold answer; its columns"),
+    ('{"question": "q", "answer": "1", "kind": "chess"}', "line 2: kind is none of math, number"),
+    ('{"question": "q", "answer": "A", "options": "AB"}', "line 2: options are no list"),
+    ('{"question": "\\ud800", "answer": "1"}', "line 2: half a surrogate pair"),
+    ("{", "line 2 is not readable JSON"),
+    ("[1]", "line 2 is a list, not an object"),
+    ("[" * 100_000, "line 2 is not readable JSON"),
+])
+# fmt: on
+def test_a_faulty_row_of_a_benchmark_is_an_error_that_names_it(text, message, tmp_path, monkeypatch):
+    rendered_texts(monkeypatch)
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"question": "a", "answer": "1"}\n' + text + "\n")
+    with pytest.raises(ValueError, match=f"my.jsonl: {message}"):
+        evaluation.load_questions(str(path), None, None, "")
+    path.write_text("")
+    with pytest.raises(ValueError, match="my.jsonl: holds no rows"):
+        evaluation.load_questions(str(path), None, None, "")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_eval_fuzzed_files(data_tok, tmp_path, seed):
+def test_fuzzed_files_are_evaluated_and_graded_or_refused(chat_tokenizer, tmp_path, seed):
     draw = random.Random(seed)
+    asked = ["question", "answer", "options", "kind", "level", "context"]
     for i in range(40):
         path = tmp_path / f"fuzz{i}.jsonl"
-        path.write_bytes(
-            data_fuzzed(
-                draw,
-                ["question", "answer", "options", "kind", "level", "context"]
-                if i % 2
-                else ["question", "answer"],
-            )
-        )
-        questions = data_reads(
-            lambda: evaluation.load_questions(str(path), data_tok, None, ""), path
-        )
-        assert questions is None or all(
-            q.prompt and q.answer.strip() and q.kind in evaluation.KINDS for q in questions
-        )
-        path.write_bytes(
-            data_fuzzed(draw, ["response", "answer", "kind"] if i % 2 else ["response", "answer"])
-        )
+        path.write_bytes(fuzzed_jsonl(draw, asked if i % 2 else asked[:2]))
+        load = lambda path=path: evaluation.load_questions(str(path), chat_tokenizer, None, "")
+        for q in reads_or_refuses(load, path) or []:
+            assert q.prompt and q.answer.strip() and q.kind in evaluation.KINDS
+        graded = ["response", "answer", "kind"]
+        path.write_bytes(fuzzed_jsonl(draw, graded if i % 2 else graded[:2]))
         args = argparse.Namespace(file=path, limit=5.0, extract="boxed", require_think=False)
-        data_reads(lambda: evaluation.command_grade(args), path)
+        reads_or_refuses(lambda args=args: evaluation.command_grade(args), path)
 
 
-def test_eval_hub_layouts(tmp_path, monkeypatch):
-    """Rows in the layout of each named Hub dataset, made up."""
-    layouts = {
-        "aime24": {
-            "id": 60,
-            "problem": "p",
-            "solution": "s",
-            "answer": "204",
-            "url": "u",
-            "year": "2024",
-        },
-        "aime25": {"problem": "p", "answer": "70", "id": "0"},
-        "amc": {"id": 0, "problem": "p", "answer": 142.0, "url": "u"},
-        "amc23": {"id": 0, "question": "p", "answer": 27.0, "url": "u"},
-        "olympiad": {
-            "id": 1606,
-            "question": "p",
-            "solution": ["s"],
-            "final_answer": ["2", "3"],
-            "context": "c",
-            "subfield": "Algebra",
-        },
-        "math500": {
-            "problem": "p",
-            "solution": "s",
-            "answer": "\\frac12",
-            "subject": "Algebra",
-            "level": 2,
-            "unique_id": "t/1.json",
-        },
-        "minerva": {"question": "p", "answer": "4.5e33"},
-        "gsm8k": {"question": "p", "answer": "2+2=<<2+2=4>>4\n#### 4"},
-        "mmlu_pro": {
-            "question_id": 70,
-            "question": "p",
-            "options": list("qrstuvwxyz"),
-            "answer": "I",
-            "answer_index": 8,
-            "cot_content": "",
-            "category": "business",
-            "src": "x",
-        },
-    }
-    expected = {
-        "aime24": "204",
-        "aime25": "70",
-        "amc": "142",
-        "amc23": "27",
-        "olympiad": "2, 3",
-        "math500": "\\frac12",
-        "minerva": "4.5e33",
-        "gsm8k": "4",
-        "mmlu_pro": "I",
-    }
-    import datasets
-
-    prompts = {}
-    render = lambda tokenizer, text, **kw: prompts.setdefault(name, text) and [1]
-    monkeypatch.setattr(data, "render_prompt", render, raising=False)
-    for name, row in layouts.items():
-        monkeypatch.setattr(datasets, "load_dataset", lambda hub, config, split: [row])
-        (question,) = evaluation.load_questions(name, None, None, "")
-        assert question.answer == expected[name] and question.kind == evaluation.BENCHES[name].kind
-        assert question.level == {"math500": "2", "mmlu_pro": "business"}.get(name, "")
-    assert prompts["olympiad"] == "c\np"
-    assert (
-        "\nA. q\n" in prompts["mmlu_pro"]
-        and "\nJ. z\n" in prompts["mmlu_pro"]
-        and "boxed" in prompts["mmlu_pro"]
-    )
+# A row in the layout of each named Hub dataset, made up; and what is read from it: the gold answer,
+# the kind, the level.
+# fmt: off
+HUB_ROWS = {
+    "aime24": ({"id": 60, "problem": "p", "solution": "s", "answer": "204", "url": "u",
+                "year": "2024"}, ("204", "math", "")),
+    "aime25": ({"problem": "p", "answer": "70", "id": "0"}, ("70", "math", "")),
+    "amc": ({"id": 0, "problem": "p", "answer": 142.0, "url": "u"}, ("142", "math", "")),
+    "amc23": ({"id": 0, "question": "p", "answer": 27.0, "url": "u"}, ("27", "math", "")),
+    "olympiad": ({"id": 1606, "question": "p", "solution": ["s"], "final_answer": ["2", "3"],
+                  "context": "c", "subfield": "Algebra"}, ("2, 3", "math", "")),
+    "math500": ({"problem": "p", "solution": "s", "answer": "\\frac12", "subject": "Algebra",
+                 "level": 2, "unique_id": "t/1.json"}, ("\\frac12", "math", "2")),
+    "minerva": ({"question": "p", "answer": "4.5e33"}, ("4.5e33", "math", "")),
+    "gsm8k": ({"question": "p", "answer": "2+2=<<2+2=4>>4\n#### 4"}, ("4", "number", "")),
+    "mmlu_pro": ({"question_id": 70, "question": "p", "options": list("qrstuvwxyz"), "answer": "I",
+                  "answer_index": 8, "cot_content": "", "category": "business", "src": "x"},
+                 ("I", "choice", "business")),
+}
+# fmt: on
 
 
-def test_data_kind_column(data_tok, tmp_path):
-    rows = [
-        {"question": "1,2=3?", "answer": "1 2 = 3", "solution": "[1+2]", "kind": "countdown"},
-        {"question": "1,2=3?", "answer": "1 2 = 3", "solution": "[2-1]", "kind": "countdown"},
-        {"question": "1,2=3?", "answer": "three", "kind": "countdown"},
-        {"question": "1,2=3?", "answer": "3", "kind": "chess"},
-        {"question": "x?", "answer": "3"},
-    ]
-    (tmp_path / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with evaluation.Checker() as checker:
-        found = data.load_questions(
-            str(tmp_path / "k.jsonl"),
-            data_tok,
-            max_prompt=99,
-            max_response=99,
-            checker=checker,
-            cache_dir=tmp_path,
-        )
-    assert [q.kind for q in found] == ["countdown", "math"]
-    assert found.dropped_rows == {
-        "demonstration does not verify against its gold answer": [1],
-        "gold answer cannot be parsed": [2],
-        "kind is none of math, number, choice, countdown": [3],
-    }
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_hub_benchmarks_are_read_in_their_layouts(name, monkeypatch):
+    row, expected = HUB_ROWS[name]
+    seen = rendered_texts(monkeypatch)
+    loaded = lambda hub, config, **more: datasets.Dataset.from_list([row])
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    (question,) = evaluation.load_questions(name, None, None, "")
+    assert (question.answer, question.kind, question.level) == expected
+    assert question.id == f"{name}/0"
+    ((text, _),) = seen
+    if name == "mmlu_pro":
+        assert "p\n\nA. q\n" in text and "\nJ. z\n" in text and "boxed" in text
+    else:
+        assert text == ("c\np" if name == "olympiad" else "p")
+
+
+def test_every_hub_benchmark_has_a_row_above():
+    assert set(HUB_ROWS) == set(evaluation.BENCHES)
 
 
 TO_GRADE = [  # answer, response, verdict
@@ -3131,9 +2973,9 @@ TO_GRADE = [  # answer, response, verdict
 ]
 WRONG_TO_GRADE = [  # content, error
     (None, "no such file"),
-    ("{}\n", "mine.jsonl:1: the row has no answer"),
-    ('{"answer": "1"}\n', "mine.jsonl:1: the row has no response"),
-    ("\n\n{\n", "mine.jsonl:3: not"),
+    ("{}\n", "mine.jsonl: line 1: the row has no answer"),
+    ('{"answer": "1"}\n', "mine.jsonl: line 1: the row has no response"),
+    ("\n\n{\n", "mine.jsonl: line 3 is not readable JSON"),
 ]
 
 
@@ -4266,16 +4108,22 @@ def distance(a: dict, b: dict) -> float:
     return max((a[n].double() - b[n].double()).abs().max().item() for n in a) / largest
 
 
-STATE_FILES = "shard-*.safetensors"  # the files of a checkpoint that hold the tensors, one a rank
+STATE_FILES = "state/*.safetensors"  # the files of a checkpoint that hold the tensors, one a rank
 
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The whole tensors: weight/NAME, importance/NAME, anchor/NAME, rl/exp_avg/NAME, .."""
-    shards = [load_file(path) for path in sorted(checkpoint.glob(STATE_FILES))]
+    pieces = {}
+    for path in sorted(checkpoint.glob(STATE_FILES)):
+        with safe_open(path, "pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():
+                first = tuple(places[name]["saved_offsets"])  # index of the piece's first entry
+                pieces.setdefault(name, {})[first] = file.get_tensor(name)
     tensors = {}
-    for key, first in shards[0].items():
-        if key != "rng":
-            tensors[key] = torch.cat([shard[key] for shard in shards]) if first.ndim else first
+    for name, found in pieces.items():
+        rows = [found[first] for first in sorted(found)]
+        tensors[name] = torch.cat(rows) if len(rows) > 1 else rows[0]
     return tensors
 
 
@@ -4980,14 +4828,13 @@ def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> 
 
     straight, killed = (checkpoints_of(folder / out) for out in ("straight", "killed"))
     assert [f.name for f in straight] == [f.name for f in killed]
-    files = sorted(path.relative_to(straight[-1]) for path in straight[-1].rglob("*.safetensors"))
-    assert len(files) > 1
-    for file in files:
-        a, b = load_file(straight[-1] / file), load_file(killed[-1] / file)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert torch.equal(a[key], b[key]), key
-    assert of_kind(checkpoint_tensors(straight[-1]), "rl/exp_avg/")
+    weights = "model/model.safetensors"
+    assert (straight[-1] / weights).read_bytes() == (killed[-1] / weights).read_bytes()
+    a, b = checkpoint_tensors(straight[-1]), checkpoint_tensors(killed[-1])
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert of_kind(a, "rl/exp_avg/")
     a, b = checkpoint_state(straight[-1]), checkpoint_state(killed[-1])
     assert a | {"seconds": 0} == b | {"seconds": 0}
     for name in ("samples.jsonl", "evaluations.jsonl"):
@@ -5214,95 +5061,57 @@ def test_probe_stops_a_run_whose_weights_do_not_arrive(weights_never_arrive):
         assert part in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Real questions
 
 
 @pytest.fixture(scope="session")
-def loop_gsm8k(tmp_path_factory):
-    """48 real questions, those with the shortest solutions, and a random Qwen2 with a BPE tokenizer trained on them."""
+def gsm8k_model(tmp_path_factory):
+    """48 real questions, those with the shortest solutions, and a random Qwen2 with a BPE tokenizer
+    trained on them."""
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is absent")
-    import tokenizers
-
     folder = tmp_path_factory.mktemp("gsm8k")
-    rows = sorted(
-        map(json.loads, GSM8K.read_text().splitlines()),
-        key=lambda r: len(r["question"] + r["answer"]),
-    )[:48]
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    inner.train_from_iterator(
-        [row["question"] + "\n" + row["answer"] for row in rows],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=700,
-            special_tokens=["<pad>", "<eos>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()]
+    rows = sorted(rows, key=lambda row: len(row["question"] + row["answer"]))[:48]
+    write_rows(folder / "questions.jsonl", rows)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer = transformers.PreTrainedTokenizerFast(
+    texts = [row["question"] + "\n" + row["answer"] for row in rows]
+    inner.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
     )
-    loop_model(folder / "model", 7, tokenizer, initializer_range=0.02)
+    tiny_model(folder / "model", 7, tokenizer, initializer_range=0.02)
     return folder
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
-    loop_needs_vllm()
-    folder, out = loop_gsm8k, loop_gsm8k / f"run-{world}"
-    process = loop_command(
-        [
-            "--model",
-            folder / "model",
-            "--data",
-            folder / "questions.jsonl",
-            "--out",
-            out,
-            "--sampler",
-            "vllm",
-            "--questions",
-            4,
-            "--samples",
-            4,
-            "--steps",
-            2,
-            "--buffer-size",
-            4,
-            "--sft-batch",
-            2,
-            "--p",
-            0.125,
-            "--max-prompt",
-            120,
-            "--max-response",
-            100,
-            "--kv-cache-gib",
-            0.1,
-            "--max-num-seqs",
-            16,
-            "--micro-tokens",
-            600,
-            "--rl-lr",
-            1e-3,
-            "--sft-lr",
-            1e-3,
-        ],
-        folder,
-        world,
-    )
+def test_gsm8k_trains_through_vllm(gsm8k_model, world):
+    needs_vllm()
+    folder, out = gsm8k_model, gsm8k_model / f"run-{world}"
+    flags = (
+        "--sampler vllm --questions 4 --samples 4 --steps 2 --p 0.125 --max-prompt 120 "
+        "--max-response 100 --buffer-size 4 --sft-batch 2 --kv-cache-gib 0.1 --max-num-seqs 16 "
+        "--micro-tokens 600 --rl-lr 1e-3 --sft-lr 1e-3"
+    ).split()
+    flags += ["--model", folder / "model", "--data", folder / "questions.jsonl", "--out", out]
+    process = mifo_command(flags, folder, world)
     stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, (stdout[-1500:], stderr[-1500:])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["rl", "sft", "sft", "rl", "sft", "sft"]
-    assert all(
-        math.isfinite(v) for line in lines for v in line.values() if isinstance(v, (int, float))
-    )
-    assert (
-        0.49 < lines[0]["sft/frozen_share"] <= 0.5 or lines[0]["reward"] == 0
-    )  # without a reward nothing has moved
+    for line in lines:
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, (int, float)))
+    # Without a reward nothing has moved.
+    assert 0.49 < lines[0]["sft/frozen_share"] <= 0.5 or lines[0]["reward"] == 0
     sft = [line for line in lines if line["phase"] == "sft"]
     assert all(line["sft/loss"] > 0 and line["sft/grad_norm"] > 0 for line in sft)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -5310,22 +5119,19 @@ def test_gsm8k_trains_through_vllm(loop_gsm8k, world):
     asked = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     for s in samples:
         row = asked[int(s["id"])]
-        assert row["question"] in s["prompt"] and s["answer"] == row["answer"].rpartition("#### ")[
-            2
-        ].replace(",", "")
+        gold = row["answer"].rpartition("#### ")[2].replace(",", "")
+        assert row["question"] in s["prompt"] and s["answer"] == gold
     assert (out / "plot.png").stat().st_size > 1000 and (out / "config.json").exists()
-    last = loop_checkpoints(out)[-1]
-    assert len(list(last.glob("shard-*"))) == world
+    last = checkpoints_of(out)[-1]
+    assert len(list(last.glob("state/*.safetensors"))) == world
     tokenizer = transformers.AutoTokenizer.from_pretrained(last / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(last / "model")
-    moved = loop_part(loop_tensors(last), "weight/")
+    moved = of_kind(checkpoint_tensors(last), "weight/")
     for name, p in model.named_parameters():
         assert torch.equal(p, moved[name].to(p.dtype))
     prompt = tokenizer(samples[0]["prompt"], return_tensors="pt")
-    assert (
-        model.generate(**prompt, max_new_tokens=5, do_sample=False).shape[1]
-        > prompt.input_ids.shape[1]
-    )
+    generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert generated.shape[1] > prompt.input_ids.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
     python benchmarks/loading.py --rows 46000 --format jsonl
 
-Writes rows in the layout of OpenR1-Math-46k (8,000 tokens of made-up reasoning each, every fourth gold answer no plain
-number) to --dir, measures in fresh processes, and deletes them. The first load counts the tokens of as many
-demonstrations as data.COUNTED_CHARS says, unless --max-response is above --chars. `anonymous` is the process's own memory, without the pages of
-memory-mapped files.
+Writes rows in the layout of OpenR1-Math-46k (8,000 tokens of made-up reasoning each, every fourth
+gold answer no plain number) to --dir, loads them twice in fresh processes, and deletes them. The
+first load tokenises and checks every row, the second reads the outcome. `anonymous` is the
+process's own memory, without the pages of memory-mapped files.
 """
 
 import argparse
@@ -19,48 +19,56 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data  # before transformers: it hides packages that break its import
+import eval as evaluation
+import pyarrow
+import pyarrow.parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 WORDS = (
-    "we have that the sum of each term is so let x be an integer then wait check again therefore since if "
-    "$x^2+1$ $\\frac{a}{b}$ $n-1$ \\sqrt{3} 12 7 100 \\cdot + = angle triangle divided by modulo hence"
+    "we have that the sum of each term is so let x be an integer then wait check again therefore "
+    "since if $x^2+1$ $\\frac{a}{b}$ $n-1$ \\sqrt{3} 12 7 100 \\cdot + = angle triangle divided by "
+    "modulo hence"
 ).split()
 
 
-def write(path: Path, rows: int, chars: int) -> None:
-    import pyarrow
-    import pyarrow.parquet
+def made_up_row(i: int, thought: str) -> dict:
+    gold = str(i) if i % 4 else f"{i} \\sqrt{{2}}"
+    text = f"<think>\n{thought}\n</think>\nThe answer is $\\boxed{{{gold}}}$."
+    return {
+        "data_source": "",
+        "prompt": [
+            {"role": "system", "content": "Think, then answer in \\boxed{}."},
+            {"role": "user", "content": f"What is {i} times one?"},
+        ],
+        "target": [{"role": "assistant", "content": text}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": gold},
+        "extra_info": {"index": i},
+    }
 
-    draw, writer, batch = random.Random(0), None, []
-    paragraphs = [" ".join(draw.choices(WORDS, k=draw.randint(20, 120))) for _ in range(5000)]
-    with path.with_suffix(".jsonl").open("w") as lines:
-        for i in range(rows):
-            thought = "\n\n".join(draw.choices(paragraphs, k=chars // 80))[:chars]
-            gold = str(i) if i % 4 else f"{i} \\sqrt{{2}}"
-            text = f"<think>\n{thought}\n</think>\nThe answer is $\\boxed{{{gold}}}$."
-            prompt = [
-                {"role": "system", "content": "Think, then answer in \\boxed{}."},
-                {"role": "user", "content": f"What is {i} times one?"},
-            ]
-            batch.append(
-                {
-                    "data_source": "",
-                    "prompt": prompt,
-                    "target": [{"role": "assistant", "content": text}],
-                    "ability": "math",
-                    "reward_model": {"style": "rule", "ground_truth": gold},
-                    "extra_info": {"index": i},
-                }
-            )
-            if len(batch) == 500 or i + 1 == rows:
-                table = pyarrow.Table.from_pylist(batch)
-                if path.suffix == ".parquet":
-                    writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-                    writer.write_table(table)
-                else:
-                    lines.writelines(json.dumps(row) + "\n" for row in batch)
-                batch = []
-    if writer:
-        writer.close()
-        path.with_suffix(".jsonl").unlink()
+
+def batches(rows: int, chars: int):
+    rng = random.Random(0)
+    paragraphs = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) for _ in range(5000)]
+    for start in range(0, rows, 500):
+        batch = []
+        for i in range(start, min(start + 500, rows)):
+            thought = "\n\n".join(rng.choices(paragraphs, k=chars // 80))[:chars]
+            batch.append(made_up_row(i, thought))
+        yield batch
+
+
+def write(path: Path, rows: int, chars: int, row_group: int) -> None:
+    if path.suffix == ".jsonl":
+        with path.open("w") as lines:
+            for batch in batches(rows, chars):
+                lines.writelines(json.dumps(row) + "\n" for row in batch)
+        return
+    tables = [pyarrow.Table.from_pylist(batch) for batch in batches(rows, chars)]
+    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), path, row_group_size=row_group)
 
 
 def anonymous_mb() -> float:
@@ -72,10 +80,6 @@ def anonymous_mb() -> float:
 
 
 def measure(path: str, folder: str, tokenizer_file: str, max_response: int) -> None:
-    import data
-    import eval
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, eos_token="<|endoftext|>")
     start, done = anonymous_mb(), threading.Event()
     seen = [start]
@@ -88,7 +92,7 @@ def measure(path: str, folder: str, tokenizer_file: str, max_response: int) -> N
     times = [time.perf_counter()]
     rows = data.load_rows(path, cache_dir=folder)
     times.append(time.perf_counter())
-    with eval.Checker(eval.checker_workers(1)) as checker:
+    with evaluation.Checker(evaluation.checker_workers(1)) as checker:
         questions = data.load_questions(
             path,
             tokenizer,
@@ -98,17 +102,29 @@ def measure(path: str, folder: str, tokenizer_file: str, max_response: int) -> N
             checker=checker,
         )
     times.append(time.perf_counter())
-    tokens = sum(len(questions[i].demonstration) for i in range(min(20, len(questions)))) / min(
-        20, len(questions)
-    )
+    lengths = [len(questions[i].demonstration) for i in range(min(20, len(questions)))]
     times.append(time.perf_counter())
     done.set()
+    reading, preparing, indexing = (after - before for before, after in zip(times, times[1:]))
     print(
-        f"rows {len(rows)}: reading {times[1] - times[0]:.2f} s, questions {times[2] - times[1]:.2f} s, "
-        f"20 of them tokenised {times[3] - times[2]:.2f} s ({tokens:.0f} tokens each); "
+        f"rows {len(rows.table)}: reading {reading:.2f} s, questions {preparing:.2f} s, "
+        f"{len(lengths)} of them {indexing:.2f} s ({sum(lengths) / len(lengths):.0f} tokens each); "
         f"anonymous {start:.0f} MB before, peak {max(seen):.0f} MB; {questions.report()}",
         flush=True,
     )
+
+
+def train_tokenizer(file: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.save(str(file))
 
 
 def main() -> None:
@@ -116,47 +132,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=46000)
-    parser.add_argument(
-        "--chars", type=int, default=25500, help="length of a demonstration in characters"
-    )
+    parser.add_argument("--chars", type=int, default=25500, help="characters of a demonstration")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
+    parser.add_argument("--row-group", type=int, default=500, help="rows of a parquet row group")
     parser.add_argument("--max-response", type=int, default=8192)
     parser.add_argument("--dir", help="where the file goes (default: a temporary folder)")
     args = parser.parse_args()
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        path, tokenizer_file = (
-            Path(folder) / f"rows.{args.format}",
-            str(Path(folder) / "tokenizer.json"),
-        )
-        write(path, args.rows, args.chars)
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.train_from_iterator(
-            [" ".join(WORDS)],
-            trainers.BpeTrainer(
-                vocab_size=1000,
-                special_tokens=["<|endoftext|>"],
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            ),
-        )
-        tokenizer.save(tokenizer_file)
+        path, tokenizer_file = Path(folder) / f"rows.{args.format}", Path(folder) / "tokenizer.json"
+        write(path, args.rows, args.chars, args.row_group)
+        train_tokenizer(tokenizer_file)
         print(f"{path.stat().st_size / 1e9:.2f} GB of {args.format}", flush=True)
+        command = [sys.executable, __file__, "--measure", path, folder, tokenizer_file]
         for run in ("first", "second"):
             print(run, end=" load: ", flush=True)
-            subprocess.run(
-                [
-                    sys.executable,
-                    __file__,
-                    "--measure",
-                    str(path),
-                    folder,
-                    tokenizer_file,
-                    str(args.max_response),
-                ],
-                check=True,
-            )
+            subprocess.run([*command, str(args.max_response)], check=True)
 
 
 if __name__ == "__main__":

@@ -4748,6 +4748,82 @@ def test_a_hard_question_stands_in_the_buffer_once_until_it_is_learnt(buffers):
             assert found == [hard, hard, again]
 
 
+@case(worlds=(1,))
+def buffer_at_exactly_p(folder):
+    """The buffer, and the questions: of ten answers none, one, two and one are right.
+
+    The last question has no demonstration.
+    """
+    run = open_run(folder / "exactly-p", questions=4, samples=10, p=0.1, buffer_size=16)
+    run.sampler = FixedSampler()
+    indices = data.draw(16, 0, 0, 4)
+    bare = dataclasses.replace(run.questions[indices[3]], demonstration=None)
+    run.questions[indices[3]] = bare
+
+    def answers(run, questions):
+        responses = []
+        for question, right in zip(questions, (0, 1, 2, 1)):
+            for i in range(10):
+                verdict = "correct" if i < right else "wrong"
+                responses.append(
+                    mifo.Response("", question.prompt, [3], [-1.0], False, "", verdict)
+                )
+        return responses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo, "push_weights", lambda run: None)
+        patch.setattr(mifo, "sample", answers)
+        patch.setattr(mifo, "rl_update", lambda *rest: None)
+        mifo.rl_step(run)
+    return run.state.buffer, indices
+
+
+def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_exactly_p):
+    [(buffer, indices)] = buffer_at_exactly_p[1]
+    assert buffer == indices[:2]
+
+
+@case(worlds=(1,))
+def engine_calls(folder):
+    """What the engine and the optimizers are called for, in an RL step and in an SFT step."""
+    run = open_run(folder / "sleeps", questions=16, probe_bound=1e9)
+    calls = []
+
+    class Noted(FixedSampler):
+        def __getattribute__(self, name):
+            if name in ("push", "sample", "sleep"):
+                calls.append(name)
+            return super().__getattribute__(name)
+
+    run.sampler = Noted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo, "optimizer_step", lambda run, which, *rest: calls.append(which))
+        mifo.rl_step(run)
+        mifo.begin_sft(run, [0])
+        mifo.sft_step(run)
+    return calls
+
+
+def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
+    assert engine_calls[1] == [["push", "sample", "sample", "sleep", "rl", "sleep", "sft"]]
+
+
+@case(worlds=(1,))
+def behavior_held(folder):
+    """Whether PEAR's behaviour model is held after each step of SFT then RL."""
+    run = open_run(folder / "held", schedule="sft-then-rl", pear="token", steps=1, sft_batch=16)
+    held = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo, "log_step", lambda run, phase: held.append((phase, bool(run.behavior))))
+        patch.setattr(mifo, "save_checkpoint", lambda run: None)
+        mifo.train(run)
+    return held
+
+
+def test_the_behavior_model_is_freed_when_the_sft_stage_ends(behavior_held):
+    assert behavior_held[1] == [[("sft", True), ("sft", False), ("rl", False)]]
+
+
 def test_questions_and_buffer_do_not_depend_on_ranks(mifo_run):
     one, two = (mifo_run[world][0] for world in (1, 2))
     assert [f.name for f in checkpoints_of(one)] == [f.name for f in checkpoints_of(two)]

@@ -168,8 +168,9 @@ def pear_weights(
         suffix = shifted.flip(1).cumsum(1).flip(1)  # [B, T]; sum of d_j over j > t
         log_weights = (n - t) * math.log(gamma) + suffix
     if variant == "block":
-        by_t = log_weights.new_zeros(len(d), d.shape[1] + 1)  # column t is response token t's
-        by_t.scatter_(1, torch.where(mask, t, 0), log_weights)  # column 0 takes the masked-out ones
+        # Column t is response token t's; a masked-out one has the t, and the value, of the last
+        # response token before it.
+        by_t = log_weights.new_zeros(len(d), d.shape[1] + 1).scatter_(1, t, log_weights)
         block_number = (t + block - 1) // block  # from 1
         last = torch.minimum(block_number * block, n)  # [B, T]; t of the block's last token
         log_weights = by_t.gather(1, last)

@@ -32,7 +32,7 @@ MUTANTS = {
             ("    if normalize_std:", "    if not normalize_std:"),
             ("return advantages.masked_fill(all_equal, 0.0)", "return advantages"),
         ]),
-        ("grpo", [
+        ("test_grpo", [
             ("ratio = (logprobs - old_logprobs)", "ratio = (old_logprobs - logprobs)"),
             ("(logprobs - old_logprobs).masked_fill(~mask, 0.0)", "(logprobs - old_logprobs)"),
             ("clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
@@ -75,7 +75,7 @@ MUTANTS = {
             ("nll = nll * weights", "nll = nll / weights"),
             ("return nll.sum()", "return nll.mean()"),
         ]),
-        ("pear", [
+        ("test_pear", [
             ("(logprobs - behavior_logprobs).detach()", "(behavior_logprobs - logprobs).detach()"),
             ("(logprobs - behavior_logprobs).detach()", "logprobs - behavior_logprobs"),
             ("d = d.clamp(*ratio_range)", "d = d.clamp(max=ratio_range[1])"),
@@ -87,10 +87,9 @@ MUTANTS = {
             ("(n - t) * math.log(gamma) + suffix", "suffix"),
             ("(n - t) * math.log(gamma) + suffix", "(n - t + 1) * math.log(gamma) + suffix"),
             ("(n - t) * math.log(gamma) + suffix", "(t - n) * math.log(gamma) + suffix"),
-            ("torch.where(mask, t, 0)", "t"),
             ("(t + block - 1) // block", "(t + block) // block"),
             ("torch.minimum(block_number * block, n)", "torch.minimum(block_number, n)"),
-            ("(block_number * block, n)", "(block_number * block, t.amax())"),
+            ("by_t.gather(1, last)", "by_t.gather(1, t)"),
             ("clamp(*weight_range)", "clamp(max=weight_range[1])"),
             ("log_weights.exp().masked_fill(~mask, 0.0)", "log_weights.exp()"),
             ("gamma: float = 0.999,", "gamma: float = 0.99,"),
@@ -131,7 +130,7 @@ MUTANTS = {
             ("t.abs().flatten()", "t.flatten()"),
             ("(cumulated <= index).sum()", "(cumulated < index).sum()"),
             ("int(cumulated[higher_bins - 1])", "int(cumulated[higher_bins])"),
-            ("if higher_bins > 0:", "if higher_bins > 1:"),
+            ("index -= int(cumulated[higher_bins - 1])", "pass"),
             ("len(counts) - 1 - higher_bins", "len(counts) - 2 - higher_bins"),
             ("torch.where(bits > infinity,", "torch.where(bits >= infinity,"),
             ("math.floor(fraction * n + 1e-9)", "math.floor(fraction * n)"),
@@ -143,7 +142,7 @@ MUTANTS = {
         ("topk_threshold and ten_million", [
             ("dist.all_reduce(counts, group=group)", "pass"),
         ]),
-        ("frozen or leak or freezing_example", [
+        ("test_a_frozen or warm_moments or leak or largest_movement or freezing_example", [
             ("g.mul_(~f)", "g.mul_(f)"),
             ("g.mul_(~f)", "g.masked_fill_(f, 0.0)"),
             ("        if g is not None:", "        if True:"),

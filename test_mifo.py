@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402  before transformers: it hides packages that break its import
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
@@ -4150,16 +4151,23 @@ def distance(a: dict, b: dict) -> float:
     return max((a[n].double() - b[n].double()).abs().max().item() for n in a) / largest
 
 
-STATE_FILES = "shard-*.safetensors"  # the files of a checkpoint that hold the tensors, one a rank
+STATE_FILES = "state/*.safetensors"  # the files of a checkpoint that hold the tensors, one a rank
 
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The whole tensors: weight/NAME, importance/NAME, anchor/NAME, rl/exp_avg/NAME, .."""
-    shards = [load_file(path) for path in sorted(checkpoint.glob(STATE_FILES))]
+    parts = {}  # name -> {first row: these rows of it}
+    for path in checkpoint.glob(STATE_FILES):
+        with safe_open(path, "pt") as file:
+            sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():
+                first, *_ = sharding[name]["saved_offsets"] or [0]
+                parts.setdefault(name, {})[first] = file.get_tensor(name)
     tensors = {}
-    for key, first in shards[0].items():
-        if key != "rng":
-            tensors[key] = torch.cat([shard[key] for shard in shards]) if first.ndim else first
+    for name, rows in parts.items():
+        ordered = [rows[first] for first in sorted(rows)]
+        if not name.startswith("rng/"):
+            tensors[name] = torch.cat(ordered) if ordered[0].ndim else ordered[0]
     return tensors
 
 

@@ -4038,6 +4038,7 @@ def stand_ins() -> None:
     evaluation.Checker = StandInChecker
     dist.init_process_group = lambda *args, **more: dist.is_initialized() or init(*args, **more)
     mifo.plot = lambda *args, **more: None
+    transformers.utils.logging.disable_progress_bar()  # a traceback would drown in them
 
 
 def open_run(out: Path, **settings) -> mifo.Run:

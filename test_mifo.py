@@ -3995,6 +3995,7 @@ def stand_ins() -> None:
     evaluation.Checker = StandInChecker
     dist.init_process_group = lambda *args, **more: dist.is_initialized() or init(*args, **more)
     mifo.plot = lambda *args, **more: None
+    transformers.utils.logging.disable_progress_bar()  # a traceback would drown in them
 
 
 def open_run(out: Path, **settings) -> mifo.Run:
@@ -4113,17 +4114,18 @@ STATE_FILES = "state/*.safetensors"  # the files of a checkpoint that hold the t
 
 def checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The whole tensors: weight/NAME, importance/NAME, anchor/NAME, rl/exp_avg/NAME, .."""
-    pieces = {}
-    for path in sorted(checkpoint.glob(STATE_FILES)):
+    parts = {}  # name -> {first row: these rows of it}
+    for path in checkpoint.glob(STATE_FILES):
         with safe_open(path, "pt") as file:
-            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
             for name in file.keys():
-                first = tuple(places[name]["saved_offsets"])  # index of the piece's first entry
-                pieces.setdefault(name, {})[first] = file.get_tensor(name)
+                first, *_ = sharding[name]["saved_offsets"] or [0]
+                parts.setdefault(name, {})[first] = file.get_tensor(name)
     tensors = {}
-    for name, found in pieces.items():
-        rows = [found[first] for first in sorted(found)]
-        tensors[name] = torch.cat(rows) if len(rows) > 1 else rows[0]
+    for name, rows in parts.items():
+        ordered = [rows[first] for first in sorted(rows)]
+        if not name.startswith("rng/"):
+            tensors[name] = torch.cat(ordered) if ordered[0].ndim else ordered[0]
     return tensors
 
 

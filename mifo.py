@@ -437,8 +437,9 @@ def frozen_masks(run: Run) -> Iterator[Tensor]:
 
 def set_anchor(run: Run) -> None:
     """anchor <- theta: where an RL phase starts, and what frozen parameters are held to in SFT."""
-    for kept, now in zip(run.anchor, run.shards, strict=True):
-        kept.copy_(now)
+    if freezes(run.cfg):
+        for kept, now in zip(run.anchor, run.shards, strict=True):
+            kept.copy_(now)
 
 
 def freezes(cfg: Config) -> bool:

@@ -795,9 +795,8 @@ def report_not_finite(run: Run, loss: Tensor, logprobs: Tensor, ids: list[str]) 
         return
     found = [name for name, row in zip(ids, logprobs) if not row.isfinite().all()]
     where = ", ".join(found[:8]) or f"none alone, of {len(ids)}"
-    print(
-        f"rank {run.rank}, step {run.state.step + 1}: a loss is {loss.item():.3g}: questions {where}"
-    )
+    here = f"rank {run.rank}, step {run.state.step + 1}"
+    print(f"{here}: a loss is {loss.item():.3g}: questions {where}", flush=True)
 
 
 def skip_step(run: Run, loss: float) -> None:
@@ -809,8 +808,8 @@ def skip_step(run: Run, loss: float) -> None:
     named = zip(run.policy.model.named_parameters(), local_gradients(list(run.policy.parameters())))
     names = [name for (name, _), g in named if g is not None and not g.isfinite().all()]
     names = list(dict.fromkeys(gather(run, names)))
-    text = f"step {state.step + 1}: the loss is {loss:.3g}; the gradients of {len(names)} tensors are not finite"
-    text += f", the first is {names[0]}" if names else ""
+    text = f"step {state.step + 1}: the loss is {loss:.3g}; {len(names)} gradients are not finite"
+    text += f", the first that of {names[0]}" if names else ""
     say(f"skipped {text}")
     if state.skips_in_a_row >= SKIPS:
         raise Stopped(f"{SKIPS} steps in a row were skipped; {text}")
@@ -950,16 +949,16 @@ def no_answers(cfg: Config, state: State) -> list[str]:
     if state.unparsed < 0.9:
         return []
     text = (
-        f"warning: no answer was found in {state.unparsed:.0%} of the responses (samples.jsonl shows "
-        "some), so RL learns nothing from them and every question counts as hard. "
+        f"warning: no answer was found in {state.unparsed:.0%} of the responses (see samples.jsonl)"
+        ", so RL learns nothing from them, and every question counts as hard. "
     )
     if cfg.require_think:
         text += "--require-think wants one closing </think> before the answer. "
     if cfg.extract == "boxed":
         text += (
-            "A maths answer must stand in \\boxed{}: ask for it by --system 'Put your final answer in "
-            "\\boxed{}.', take it from anywhere by --extract any, or name another kind of answer in a "
-            "column `kind`."
+            "A maths answer must stand in \\boxed{}: ask for it by --system 'Put your final answer "
+            "in \\boxed{}.', take it from anywhere by --extract any, or name another kind of "
+            "answer in a column `kind`."
         )
     return [text]
 
@@ -1265,8 +1264,8 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     saved = json.loads((folder / "state.json").read_text())
     if saved["data"] != getattr(run.questions, "fingerprint", ""):
         raise ValueError(
-            f"--data {run.cfg.data}: other questions than those that the run in --out {run.cfg.out} "
-            "began with"
+            f"--data {run.cfg.data}: other questions than those that the run in --out "
+            f"{run.cfg.out} began with"
         )
     run.state = State(**saved["state"])
     reader = dcp.HuggingFaceStorageReader(str(folder / "state"))
@@ -1472,8 +1471,8 @@ def edit_config(cfg: Config, config) -> dict:
     context = getattr(config, "max_position_embeddings", math.inf)
     if cfg.max_prompt + cfg.max_response > context:
         raise ValueError(
-            f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit in the "
-            f"model's context of {context} tokens: lower them, or extend it by "
+            f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit in "
+            f"the model's context of {context} tokens: lower them, or extend it by "
             "--max-position-embeddings and --rope-theta"
         )
     return edits
@@ -1553,8 +1552,8 @@ def dry_run(cfg: Config) -> str:
     place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
     return "\n".join(
         [
-            f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of width "
-            f"{config.hidden_size}, context {config.max_position_embeddings:,}, rotary base "
+            f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of "
+            f"width {config.hidden_size}, context {config.max_position_embeddings:,}, rotary base "
             f"{config.rope_parameters['rope_theta']:,.0f}; its weights were not read",
             f"tokenizer  {type(tokenizer).__name__}, {len(tokenizer):,} tokens, {template} a chat "
             f"template; a response ends with {ends}",
@@ -1740,7 +1739,8 @@ def open_folder(cfg: Config) -> bool:
     if not cfg.resume:
         if (out / "metrics.jsonl").exists():
             raise ValueError(
-                f"--out {cfg.out} holds a run already: continue it by --resume, or give another folder"
+                f"--out {cfg.out} holds a run already: continue it by --resume, or give another "
+                "folder"
             )
         return False
     if not checkpoints(cfg.out):
@@ -1761,8 +1761,8 @@ def open_folder(cfg: Config) -> bool:
     if refused:
         model = checkpoints(cfg.out)[-1] / "model"
         raise ValueError(
-            f"--resume: {'; '.join(refused)}: this would be another run. Start one from its weights "
-            f"by --model {model}, or give the values it began with"
+            f"--resume: {'; '.join(refused)}: this would be another run. Start one from its "
+            f"weights by --model {model}, or give the values it began with"
         )
     if taken:
         say(f"changed since the run began: {', '.join(taken)}")

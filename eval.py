@@ -10,6 +10,12 @@ Math-Verify, in processes that import nothing but this file and Math-Verify, and
 and replaced when they take too long.
 """
 
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write(f"eval.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}\n")
+    sys.exit(2)
+
 import argparse
 import ast
 import datetime
@@ -24,7 +30,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -191,11 +196,10 @@ def expression_value(text: str) -> Fraction | None:
     else, or divides by zero. The text is parsed, never evaluated."""
 
     def value(node) -> Fraction:
-        match node:
-            case ast.Constant(int(number)):
-                return Fraction(number)
-            case ast.BinOp(left, sign, right) if type(sign) in ARITHMETIC:
-                return ARITHMETIC[type(sign)](value(left), value(right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+            return ARITHMETIC[type(node.op)](value(node.left), value(node.right))
         raise ValueError
 
     if len(text) > 200 or not re.fullmatch(r"[0-9+*/() -]+", text) or nesting(text) > MAX_NESTING:

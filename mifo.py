@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):
-    print("mifo.py: error: Python 3.11 or newer is needed, this is", sys.version.split()[0])
+    sys.stderr.write(f"mifo.py: Python 3.11 or newer is needed, this is {sys.version.split()[0]}\n")
     sys.exit(2)
 
 import argparse

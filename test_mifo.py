@@ -1,9 +1,18 @@
-"""Every test. `pytest` runs them all.
+"""Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data,
+and skipped where absent. The sections, in order:
 
-Real GSM8K and MATH-500 are looked for in ../shared/data, and skipped where absent.
+losses.py, freeze.py   The equations; PEAR; Log-probabilities in tiles; Freezing
+data.py                Batches; The embedded task; Data
+rollout.py             Which sampler; The sampler's choice of a token
+eval.py                Checking answers; Scores; Benchmarks and the command line
+benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
+mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Samplers;
+                       Real questions; Faults; Settings; Schedules and presets
+README.md              The README's snippets
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -4450,7 +4459,7 @@ def test_order_of_demonstrations_does_not_matter(sft_gradients):
 
 
 # --------------------------------------------------------------------------------------------------
-# Freezing
+# What is frozen
 
 
 def noise_like(i: int, shape) -> torch.Tensor:
@@ -5608,6 +5617,16 @@ def test_resume_takes_harmless_settings_and_refuses_others_by_name(tmp_path, cap
             assert f"{flag} was {value!r} and is {other!r}" in str(error.value)
     assert {"steps", "save_every", "sampler", "micro_tokens", "replicas"} <= set(may_change)
     assert not {"seed", "data", "samples", "rl_lr", "p", "alpha", "updates"} & set(may_change)
+
+
+@pytest.mark.parametrize("program", ["mifo.py", "eval.py"])
+def test_an_older_python_is_told_in_one_line(program):
+    ast.parse((ROOT / program).read_text(), feature_version=(3, 8))
+    old = "sys.version_info, sys.version = (3, 10, 4), '3.10.4 (main)'"
+    code = f"import runpy, sys; {old}; runpy.run_path({program!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"{program}: Python 3.11 or newer is needed, this is 3.10.4\n"
 
 
 def test_nothing_is_fetched_by_importing():

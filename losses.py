@@ -1,9 +1,9 @@
 """The equations of GRPO, MIFO's SFT loss and PEAR, as pure functions on tensors.
 
-Every function holds one equation and can be copied alone: it needs torch and math, and names the
-function to copy along where there is one. Losses are sums, not means: the caller divides by a count
-taken over the whole optimizer step and over all ranks, so that no split into micro-batches or ranks
-changes the result.
+Every function holds one equation, with its usual terms, and can be copied alone: it needs torch and
+math, and names the function to copy along where there is one. Losses are sums, not means: the
+caller divides by a count taken over the whole optimizer step and over all ranks, so that no split
+into micro-batches or ranks changes the result.
 
 B rows, T positions, N tokens, V vocabulary, D hidden size, Q questions, G samples of a question.
 Logs are natural. The equations come first; the kernel that makes log-probabilities without keeping
@@ -142,7 +142,7 @@ def pear_weights(
       block:    log w_t = that of the last token of t's block of `block` tokens (the last block of
                 a row may be shorter)
     then clipped to weight_range. Both ranges are in log space, and None switches one off. Five
-    tokens in blocks of two, gamma 1:
+    tokens in blocks of two, gamma 1, nothing clipped:
       d      [ln 2, ln 3, ln 5, ln 2, ln 3]
       token  [90, 30, 6, 3, 1]       block  [30, 30, 3, 3, 1]       sequence  [180] * 5
 

@@ -54,7 +54,7 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # as torchrun does for several ranks: or they starve each other
 
-import data  # before transformers: it hides packages that break its import
+import data  # before transformers: some packages break its import, and data hides them
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -191,7 +191,7 @@ class Config:
     dry_run: bool = option(RUN, False, "check all but the weights, show the first prompt, and exit", may_change=True)
     resume: bool = option(RUN, False, "go on after the newest checkpoint in --out", may_change=True)
     seed: int = option(RUN, 0, "of sampling, the order of questions, the embedded base model", "[0, inf)")
-    save_every: int = option(RUN, 50, "steps of both kinds between checkpoints", "[1, inf)", may_change=True)
+    save_every: int = option(RUN, 50, "steps between checkpoints; a new best is saved too", "[1, inf)", may_change=True)
     keep: int = option(RUN, 2, "newest checkpoints kept, beside the best one", "[1, inf)", may_change=True)
     evaluate: str = option(RUN, "", "benchmarks of eval.py or JSONL files, by commas; empty: nothing")
     eval_every: int = option(RUN, 0, "RL steps between evaluations; 0: before and after", "[0, inf)", may_change=True)
@@ -210,8 +210,30 @@ class Config:
 # The method
 
 
+@dataclass
+class State:
+    """What moves while a run goes on; a checkpoint's state.json."""
+
+    step: int = 0  # steps done, RL and SFT
+    rl_steps: int = 0
+    sft_steps: int = 0
+    sft_phases: int = 0
+    drawn: int = 0  # questions drawn from the stream so far
+    buffer: list[int] = field(default_factory=list)  # hard questions by index, as they came
+    sft_queue: list[list[int]] = field(default_factory=list)  # batches that SFT has still to learn
+    threshold: float = math.inf  # importance above it is frozen; inf: nothing is
+    skipped: int = 0  # optimizer steps not taken, because a number was not finite
+    skips_in_a_row: int = 0
+    demonstrations: list[int] = field(default_factory=list)  # all that were used
+    sampled_tokens: int = 0
+    unparsed: float = 0.0  # share of the last RL step's responses in which no answer was found
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase of work
+    evals: list[dict] = field(default_factory=list)
+
+
 def train(run: Run) -> int:
-    """To the end of the schedule; a checkpoint may fall between any two passes.
+    """To the end of the schedule. A checkpoint may fall between any two passes: all that goes on
+    is in State, the weights, both optimizers, the importance map and its anchor.
 
     Returns the number of the signal that ended it early, or 0.
     """
@@ -219,7 +241,7 @@ def train(run: Run) -> int:
     if state.step == 0:
         set_anchor(run)  # the first RL phase starts from these weights
         evaluate(run)
-        if cfg.schedule in ("sft", "sft-then-rl"):
+        if cfg.schedule in ("sft", "sft-then-rl"):  # one SFT stage, on all demonstrations
             begin_sft(run, data.demonstrated(run.questions))
     while phase := next_phase(cfg, state):
         start_clock(run)
@@ -260,7 +282,7 @@ def rl_step(run: Run) -> None:
     push_weights(run)
     indices = data.draw(len(run.questions), cfg.seed, state.drawn, cfg.questions)  # Q of them
     questions = [run.questions[index] for index in indices]
-    responses = sample(run, questions)  # Q * G, alike on all ranks
+    responses = sample(run, questions)  # Q * G, the same list on every rank
     rewards = torch.tensor([r.reward for r in responses]).view(-1, cfg.samples)  # [Q, G]
     advantages = losses.group_advantages(rewards, cfg.normalize_std)  # [Q, G]
 
@@ -288,7 +310,7 @@ def rl_step(run: Run) -> None:
 
 
 def rl_update(run: Run, responses: list[Response]) -> None:
-    """One optimizer step of GRPO (equation 3).
+    """One optimizer step of GRPO (equation 3); none if no response has an advantage.
 
     The loss is a sum, divided by a count over the whole batch and all ranks: no split changes it.
     """
@@ -302,16 +324,16 @@ def rl_update(run: Run, responses: list[Response]) -> None:
     rows = [r for r in responses if has_gradient(cfg, r)]
     if not rows:
         return
-    old = [r.old_logprobs for r in rows]
-    rollout_logprobs = [r.rollout_logprobs for r in rows]
-    sums, largest_gap = Counter(), 0.0
     pairs = [(r.prompt, r.tokens) for r in rows]
-    for part in micro_batches(run, pairs, old=old, rollout=rollout_logprobs):
+    old, engines = [r.old_logprobs for r in rows], [r.rollout_logprobs for r in rows]
+    sums, largest_gap = Counter(), 0.0
+    for part in micro_batches(run, pairs, old=old, rollout=engines):
         advantages = torch.zeros(len(part.tokens), device=run.device)  # [B]
         for i, row in enumerate(part.rows):
             advantages[i] = rows[row].advantage
         logprobs, entropy = run.policy(part.tokens, part.mask, cfg.temperature)  # [B, T-1] each
-        old_logprobs = part.old if cfg.updates > 1 else logprobs.detach()
+        # With one update pi_old is the policy itself: the ratio is 1, and nothing is clipped.
+        old_logprobs = part.old if cfg.updates > 1 else logprobs.detach()  # [B, T-1]
         loss, metrics = losses.grpo_loss(
             logprobs,
             old_logprobs,
@@ -330,7 +352,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
         gap = (old_logprobs - part.rollout).masked_fill(~part.mask, 0.0).abs()  # [B, T-1]
         largest_gap = max(largest_gap, gap.max().item())
         metrics |= {"loss": loss.detach(), "entropy": entropy, "gap": gap, "tokens": part.mask}
-        sums.update({name: value.sum().item() for name, value in metrics.items()})
+        sums.update({name: value.sum().item() for name, value in metrics.items()})  # adds
 
     sums = sum_over_ranks(run, sums)
     loss = sums.pop("loss") / divisor
@@ -397,10 +419,10 @@ def sft_step(run: Run) -> None:
 
 
 def end_sft(run: Run) -> None:
-    """Thaw and start the next RL phase; an SFT stage hands over nothing but the weights."""
+    """Thaw and start the next RL phase. Both optimizers keep their moments over the phases."""
     run.state.threshold = math.inf
     set_anchor(run)  # from here the next RL phase's movement is measured
-    if run.cfg.schedule != "interleave":
+    if run.cfg.schedule != "interleave":  # the stage is over for good: nothing but weights goes on
         run.optimizers["sft"].state.clear()
         run.behavior = None
 
@@ -424,13 +446,14 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
         skip_step(run, loss)
     run.optimizers[which].zero_grad()
     if freezing:
-        put_back = freeze.restore_frozen if run.cfg.freeze == "strict" else freeze.largest_movement
-        moved = put_back(run.shards, frozen_masks(run), run.anchor)
-        run.log["sft/frozen_movement"] = max_over_ranks(run, moved)
+        strict = run.cfg.freeze == "strict"
+        look = freeze.restore_frozen if strict else freeze.largest_movement  # either measures
+        moved = look(run.shards, frozen_masks(run), run.anchor)
+        run.log["sft/frozen_movement"] = max_over_ranks(run, moved)  # before it was put back
 
 
 def frozen_masks(run: Run) -> Iterator[Tensor]:
-    """What is frozen now, one parameter's bool mask at a time: kept, they would be a byte each."""
+    """What is frozen now, one tensor's bool mask at a time: all would be a byte an entry."""
     for c in run.importance:
         yield (c > run.state.threshold).to(run.device, non_blocking=True)
 
@@ -450,14 +473,15 @@ def freezes(cfg: Config) -> bool:
 def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **aligned):
     """This rank's share of (prompt, response) pairs, in batches of at most --micro-tokens.
 
-    Each has tokens [B, T], mask [B, T-1], rows (the B pairs' indices), and one [B, T-1] for each
-    list in aligned (data.collate). All ranks get as many, some of them empty: FSDP waits for all.
+    Each has tokens [B, T], mask [B, T-1], rows (which pairs these are), and one [B, T-1] for each
+    list in aligned (data.collate). All ranks get as many, if need be empty ones with B = 1 and
+    nothing in the mask: FSDP waits for all.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     parts = data.pack(lengths, run.cfg.micro_tokens, run.world)
     rounds = [parts[i : i + run.world] for i in range(0, len(parts), run.world)]
     for i, group in enumerate(rounds):
-        # Forth and back over the ranks: a round's first micro-batch is the one with most work.
+        # A round's first micro-batch has the most work: the ranks take it in turns.
         rows = group[run.rank] if i % 2 == 0 else group[-1 - run.rank]
         exchange_at_last(run, last=i + 1 == len(rounds))
         if rows:
@@ -481,7 +505,8 @@ class Policy(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Equation 1. tokens [B, T], mask [B, T-1], True where the next token counts.
 
-        Returns logprobs and entropy [B, T-1], 0 where it does not.
+        Returns logprobs and entropy [B, T-1], 0 where it does not. Rows are padded on the right,
+        which causal attention never sees, so no attention mask is needed.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         hidden = self.model.model(
@@ -495,30 +520,9 @@ class Policy(nn.Module):
 
 
 # ==================================================================================================
-# Plumbing: nothing below is specific to MIFO. What a run holds, sampling and the engine, what the
-# steps above call, evaluation, logs, checkpoints, set-up, the command line.
+# Plumbing. First what a run holds; below that, nothing is specific to MIFO: sampling and the
+# engine, what the steps call, evaluation, logs, checkpoints, set-up, the command line.
 # ==================================================================================================
-
-
-@dataclass
-class State:
-    """What moves while a run goes on; a checkpoint's state.json."""
-
-    step: int = 0  # steps done, RL and SFT
-    rl_steps: int = 0
-    sft_steps: int = 0
-    sft_phases: int = 0
-    drawn: int = 0  # questions drawn from the stream so far
-    buffer: list[int] = field(default_factory=list)  # hard questions by index, as they came
-    sft_queue: list[list[int]] = field(default_factory=list)  # batches that SFT has still to learn
-    threshold: float = math.inf  # importance above it is frozen in the current SFT phase
-    skipped: int = 0  # optimizer steps not taken, because a number was not finite
-    skips_in_a_row: int = 0
-    demonstrations: list[int] = field(default_factory=list)  # all that were used
-    sampled_tokens: int = 0
-    unparsed: float = 0.0  # share of the last RL step's responses in which no answer was found
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase of work
-    evals: list[dict] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -569,10 +573,6 @@ class Run:
         return [p.detach().to_local() for p in self.policy.parameters()]
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling, and whether the engine computes what the trainer does
-
-
 @dataclass
 class Response:
     id: str  # of its question
@@ -588,6 +588,10 @@ class Response:
     @property
     def reward(self) -> float:
         return float(self.verdict == "correct")
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling, and whether the engine computes what the trainer does
 
 
 def sample(run: Run, questions: list[data.Question]) -> list[Response]:
@@ -835,8 +839,8 @@ def evaluation_due(cfg: Config, state: State, phase: str, following: str | None)
 
 
 def checkpoint_due(cfg: Config, state: State) -> bool:
-    best_so_far = best_step(state) == state.step  # it has just been evaluated, then
-    return best_so_far or state.step % cfg.save_every == 0
+    new_best = best_step(state) == state.step
+    return new_best or state.step % cfg.save_every == 0
 
 
 def signal_on_any_rank(run: Run) -> int:

@@ -243,7 +243,8 @@ MUTANTS = {
             ('return cfg.schedule == "interleave" and cfg.freeze != "off"',
              'return cfg.schedule == "interleave" and cfg.freeze == "strict"'),
         ]),
-        ("test_preset or hard_question or exactly_p or engine_sleeps or behavior_model_is_freed", [  # rl_step, train
+        ("questions_and_buffer or hard_question or exactly_p or engine_sleeps "
+         "or behavior_model_is_freed", [  # rl_step, train
             ('if cfg.schedule in ("sft", "sft-then-rl"):  #', 'if cfg.schedule == "sft":  #'),
             (">= cfg.buffer_size:", "> cfg.buffer_size:"),
             ("                state.buffer = []", "                pass"),

@@ -489,7 +489,8 @@ def row_reader(
         answer_field, solution_field = "answer", "solution"
     else:
         raise ValueError(
-            f"{rows.source}: no known layout; found {found}; name the columns by {flags}"
+            f"{rows.source}: no known layout; found {found}; right would be question and answer, "
+            f"with or without solution; name other columns by {flags}"
         )
     worked = [row for row in rows.head if "####" in answer_text(row.get(answer_field))]
     mostly_worked = 2 * len(worked) > len(rows.head)
@@ -853,6 +854,8 @@ def verify(examples: list[Example], checker) -> None:
     for example, verdict in zip(shown, verdicts):
         if verdict != "correct":
             example.fault = "demonstration does not verify against its gold answer"
+            if verdict == "unparsed":
+                example.fault = "no answer is found in the demonstration, where its kind wants it"
 
 
 def system_prompt(questions: Questions) -> str | None:

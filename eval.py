@@ -938,7 +938,6 @@ def command_evaluate(args) -> None:
 def check_evaluation(args) -> Evaluation:
     """Reads the questions. Raises ValueError for whatever can be known to be wrong by now."""
     import torch
-    import transformers
 
     names = args.bench.split(",")
     if len({Path(name).name for name in names}) < len(names):
@@ -947,12 +946,7 @@ def check_evaluation(args) -> Evaluation:
         value = getattr(args, flag)
         if value is not None and not value >= least:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        config = transformers.AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise ValueError(f"{args.model}: not a model folder or Hub id: {reason}") from None
+    config, tokenizer = read_model(args.model)
     benches, ks = {}, {}
     for name in names:
         benches[name] = load_questions(name, tokenizer, args.system, args.generation_prefix)
@@ -1068,6 +1062,24 @@ def report(evaluation: Evaluation) -> None:
     (evaluation.folder / "results.json").write_text(text)
     print(table(results))
     print(f"written to {evaluation.folder}", flush=True)
+
+
+def read_model(name: str, trust_remote_code: bool = False):
+    """(configuration, tokenizer) of a folder or Hub id. Raises ValueError, one line."""
+    import transformers
+
+    folder, remote = Path(name), trust_remote_code
+    if trained := sorted(folder.glob("checkpoints/step-*/model")):
+        raise ValueError(f"{name}: a run's folder, not a model's; right would be {trained[-1]}")
+    if not folder.exists() and (folder.is_absolute() or name.count("/") > 1):
+        raise ValueError(f"{name}: there is no such folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=remote)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
+    except (OSError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ValueError(f"{name}: not a model's folder or Hub id: {reason}") from None
+    return config, tokenizer
 
 
 def eos_ids(model: str, tokenizer) -> list[int]:

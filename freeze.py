@@ -2,8 +2,8 @@
 
 Around a plain AdamW loop (`model`, `optimizer`, `rl_step`, `sft_batches` and `sft_loss` are yours):
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    importance = [torch.zeros_like(p) for p in parameters]  # C, kept for the whole training
+    parameters = [p for p in model.parameters() if p.requires_grad]  # all that the optimizer has
+    importance = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]  # C, for good
     anchor = [p.detach().clone() for p in parameters]  # the weights before the RL phase
     for phase in range(3):
         rl_step()  # as many as you like
@@ -29,9 +29,11 @@ The order matters:
 3. After the SFT phase: a new anchor, so that C counts what RL moves and not what SFT has moved.
 
 Which tensors to pass:
-- One list of trainable parameters, in one order, for everything. A parameter that is never trained
-  has C = 0 but counts among "all entries", so that more of the trained ones would freeze: leave it
-  out. So does a tied parameter listed twice; model.parameters() lists it once.
+- One list of the parameters that are trained, in one order, for everything. One that is not (LoRA's
+  base, a group with a learning rate of 0) has C = 0 but counts among "all entries": leave it out.
+  A threshold of 0.0 means that so many entries have never moved, and freezes all that have. A tied
+  parameter must be listed once, as model.parameters() does.
+- Weights in float32. In bfloat16 most of RL's movement is lost to rounding, and with it C.
 - Sharded by fully_shard (FSDP2): p.to_local() and p.grad.to_local(), and to topk_threshold the
   process group over which the parameters are sharded.
 - FSDP1: the flat parameters, that is each rank's shards, with use_orig_params=False; their padding
@@ -55,7 +57,7 @@ def update_importance(
     """C <- alpha * C + |theta_after - theta_before|, elementwise and in place.
 
     MIFO, arXiv 2510.04454. before and after are the parameters around one RL phase; the three lists
-    run in parallel, tensors of equal shape.
+    run in parallel, tensors of equal shape. importance is float32, whatever the parameters are.
     """
     for c, old, new in zip(importance, before, after, strict=True):
         c.mul_(alpha).add_((new.to(c.device) - old).abs_())
@@ -148,7 +150,10 @@ def restore_frozen(
 def largest_movement(
     parameters: Iterable[Tensor], frozen: Iterable[Tensor], anchor: Iterable[Tensor]
 ) -> float:
-    """max |theta - anchor| over the frozen entries, 0.0 if there are none; changes nothing."""
+    """max |theta - anchor| over the frozen entries, 0.0 if there are none; changes nothing.
+
+    To copy it, take _compare_frozen along.
+    """
     return _compare_frozen(parameters, frozen, anchor, restore=False)
 
 

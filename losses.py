@@ -48,7 +48,8 @@ def grpo_loss(
     ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on responses.
     KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0
     the clipped term is weighted by min(pi_old / pi_rollout, tis_cap), which corrects for an engine
-    whose probabilities are not the trainer's. Returns (scalar, metrics: sums over tokens).
+    whose probabilities are not the trainer's. Returns (scalar, metrics: sums over tokens, of
+    clipped_low, clipped_high and, with ref_logprobs, kl).
 
     What the caller divides by makes the aggregation:
       the global number of tokens: token level (DAPO, arXiv 2503.14476);
@@ -58,7 +59,7 @@ def grpo_loss(
     # Masked before exp: an inf or NaN outside the mask would reach the gradient as 0 * inf.
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # [B, T]
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    advantages = advantages[:, None]  # [B, 1]
+    advantages = advantages.view(len(mask), 1)  # one a row: [B, T] would not do
     gain = torch.minimum(ratio * advantages, clipped * advantages)  # [B, T]
     metrics = {
         "clipped_low": (mask & (ratio < 1 - clip_low) & (advantages < 0)).sum(),
@@ -146,9 +147,12 @@ def pear_weights(
       d      [ln 2, ln 3, ln 5, ln 2, ln 3]
       token  [90, 30, 6, 3, 1]       block  [30, 30, 3, 3, 1]       sequence  [180] * 5
 
+    behavior_logprobs are those of the same tokens, at temperature 1, under the model that wrote
+    them. The defaults of gamma, block and the ranges are the paper's by secondary sources.
     logprobs, behavior_logprobs [B, T]; mask [B, T] bool -> [B, T], 0 outside the mask, without
-    gradient. n is the row's own count of masked-in tokens, never the padded length. Raises
-    ValueError on an unknown variant, gamma outside (0, 1] or block below 1.
+    gradient. One row is one example, as in top_entropy_mask. n is the row's own count of masked-in
+    tokens, never the padded length. Raises ValueError on an unknown variant, gamma outside (0, 1]
+    or block below 1.
     """
     if variant not in ("sequence", "token", "block"):
         raise ValueError(f"variant must be sequence, token or block, not {variant!r}")
@@ -196,7 +200,8 @@ def token_logprobs(
     hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64 -> (logprobs [N],
     entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs carry a gradient.
     Logits exist for `chunk` vocabulary entries at a time and none is kept for the backward pass:
-    the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16 inputs).
+    the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16 inputs). Targets
+    are in [0, V): labels of -100 are not refused, so pick hidden[mask] and targets[mask] first.
     """
     return _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk)
 

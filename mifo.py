@@ -226,7 +226,7 @@ class State:
     skips_in_a_row: int = 0
     demonstrations: list[int] = field(default_factory=list)  # all that were used
     sampled_tokens: int = 0
-    unparsed: float = 0.0  # share of the last RL step's responses in which no answer was found
+    warning: str = ""  # of the last RL step, if it can have taught nothing
     seconds: dict[str, float] = field(default_factory=dict)  # by phase of work
     evals: list[dict] = field(default_factory=list)
 
@@ -910,6 +910,8 @@ def log_frozen_share(run: Run) -> None:
     entries = sum(c.numel() for c in run.importance)
     counts = sum_over_ranks(run, {"frozen": frozen, "entries": entries})
     run.log["sft/frozen_share"] = counts["frozen"] / counts["entries"]
+    if counts["frozen"] == 0:
+        say("warning: nothing is frozen in this SFT phase, for RL has not moved any parameter yet")
 
 
 def log_responses(
@@ -920,15 +922,16 @@ def log_responses(
     tokens = sum(len(r.tokens) for r in responses)
     state.sampled_tokens += tokens
     verdicts = Counter(r.verdict for r in responses)
-    state.unparsed = verdicts["unparsed"] / n
     run.log["reward"] = rewards.mean().item()
     run.log["groups/all_wrong"] = (rewards.sum(1) == 0).float().mean().item()
     run.log["groups/all_right"] = (rewards.sum(1) == cfg.samples).float().mean().item()
     run.log["response_tokens"] = tokens / n
     run.log["truncated"] = sum(r.truncated for r in responses) / n
     run.log |= {f"answers/{verdict}": verdicts[verdict] / n for verdict in evaluation.VERDICTS}
-    if state.rl_steps == 1:
-        say(*no_answers(cfg, state))
+    kinds = sorted({q.kind for q in questions})
+    state.warning = no_answers(cfg, kinds, run.log["truncated"], run.log["answers/unparsed"])
+    if state.rl_steps == 1 and state.warning:
+        say(state.warning)
     if run.rank != 0 or cfg.samples_logged == 0:
         return
     every = max(1, n // cfg.samples_logged)
@@ -948,23 +951,28 @@ def log_responses(
             file.write(json.dumps(line) + "\n")
 
 
-def no_answers(cfg: Config, state: State) -> list[str]:
-    """What to do, in a line, if nearly no response of the last RL step held an answer."""
-    if state.unparsed < 0.9:
-        return []
-    text = (
-        f"warning: no answer was found in {state.unparsed:.0%} of the responses (see samples.jsonl)"
-        ", so RL learns nothing from them, and every question counts as hard. "
-    )
-    if cfg.require_think:
-        text += "--require-think wants one closing </think> before the answer. "
-    if cfg.extract == "boxed":
-        text += (
-            "A maths answer must stand in \\boxed{}: ask for it by --system 'Put your final answer "
-            "in \\boxed{}.', take it from anywhere by --extract any, or name another kind of "
-            "answer in a column `kind`."
+def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float) -> str:
+    """What to do, in a line, if nearly no response of an RL step ended or held an answer."""
+    text = ""
+    if truncated >= 0.9:
+        text += f"{truncated:.0%} of the responses were cut at --max-response {cfg.max_response}. "
+    if unparsed >= 0.9:
+        text += f"No answer was found in {unparsed:.0%} of the responses (see samples.jsonl). "
+        for kind in kinds:
+            if cfg.extract == "boxed" or kind not in ("math", "number"):
+                text += f"Answers of kind {kind} are {evaluation.KINDS[kind].where}. "
+        if cfg.require_think:
+            text += "--require-think wants one closing </think> before them. "
+        if "math" in kinds and cfg.extract == "boxed":
+            text += (
+                "Ask for the box by --system 'Put your final answer in \\boxed{}.', take answers from "
+                "anywhere by --extract any, or name another kind in a column `kind`. "
+            )
+    if text:
+        text = (
+            f"warning: {text}Without rewards RL learns nothing, and every question counts as hard."
         )
-    return [text]
+    return text
 
 
 def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[int]]) -> None:
@@ -1016,9 +1024,14 @@ def log_step(run: Run, phase: str) -> None:
         f"{phase.upper():3} reward {run.reward:.2f}  buffer {len(state.buffer)}/{cfg.buffer_size}  "
         f"SFT phases {state.sft_phases}"
     )
+    stage, last = cfg.schedule != "interleave", not state.sft_queue
     if run.bar is not None:
         run.bar.set_description(text, refresh=False)
         run.bar.update(state.rl_steps - run.bar.n)
+    elif phase == "sft" and stage and (state.sft_steps % 10 == 0 or last):
+        of = state.sft_steps + len(state.sft_queue)
+        loss, seconds = line["sft/loss"], state.seconds["all"]
+        say(f"SFT step {state.sft_steps}/{of}  loss {loss:.3f}  {seconds:.0f} s")
     elif phase == "rl" and (state.rl_steps % 10 == 0 or state.rl_steps == cfg.steps):
         say(f"step {state.rl_steps}/{cfg.steps}  {text}  {state.seconds['all']:.0f} s")
     if now - run.plotted > 300:  # drawing takes longer than a small model's step
@@ -1101,7 +1114,7 @@ def summary(run: Run) -> str:
         f"demonstrations used {used:,} ({different:,} different), "
         f"tokens sampled {state.sampled_tokens:,}",
         "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in longest_first),
-        *no_answers(run.cfg, state),
+        *([state.warning] if state.warning else []),
     ]
     return "\n".join(lines)
 
@@ -1448,16 +1461,12 @@ def open_model(cfg: Config, rank: int):
     return model_dir, config, tokenizer, edit_config(cfg, config)
 
 
-def read_model(cfg: Config, flag: str, name: str):
+def read_model(cfg: Config, which: str, name: str):
     """(configuration, tokenizer). Raises ValueError naming the flag."""
-    remote = cfg.trust_remote_code
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=remote)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{flag} {name}: not a model's folder or Hub id: {first}") from None
-    return config, tokenizer
+        return evaluation.read_model(name, cfg.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{which} {error}") from None
 
 
 def edit_config(cfg: Config, config) -> dict:
@@ -1514,12 +1523,12 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
     if most == 0 and cfg.schedule != "rl":
         raise ValueError(
             f"--schedule {cfg.schedule} needs demonstrations, and no question of --data {cfg.data} "
-            "has one"
+            "has one; --schedule rl needs none"
         )
     if cfg.schedule == "interleave" and cfg.buffer_size > most:
         raise ValueError(
             f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a "
-            "demonstration"
+            "demonstration; lower it, or train by --schedule rl"
         )
     names = [name for name in cfg.evaluate.split(",") if name]
     prefix = cfg.generation_prefix
@@ -1812,15 +1821,16 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         cfg = parse_config(sys.argv[1:])
-        found = open_folder(cfg)
         say(settings(cfg))
         if cfg.dry_run:
             say("", dry_run(cfg))
             return 0
+        found = open_folder(cfg)
         lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
         run = set_up(cfg)
         if found:
             load_checkpoint(run, newest_whole(run))
+            say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
     except ValueError as error:
         return evaluation.fail("mifo.py: error", error, 2)
     try:

@@ -3118,7 +3118,11 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     chain = [eval_model, "--bench", "chain"]
     assert "known are aime24, aime25, amc, amc23" in refuse(eval_model, "--bench", "chain,aime42")
     assert "no such file" in refuse(eval_model, "--bench", tmp_path / "none.jsonl")
-    assert "not a model folder" in refuse(tmp_path / "none", "--bench", "chain")
+    assert "there is no such folder" in refuse(tmp_path / "none", "--bench", "chain")
+    (tmp_path / "run" / "checkpoints" / "step-000012" / "model").mkdir(parents=True)
+    right = "right would be " + str(tmp_path / "run" / "checkpoints" / "step-000012" / "model")
+    assert right in refuse(tmp_path / "run", "--bench", "chain")
+    assert "not a model's folder or Hub id" in refuse(tmp_path, "--bench", "chain")
     assert "--max-tokens 1000" in refuse(*chain, "--max-tokens", 1000)
     assert "--max-tokens must be" in refuse(*chain, "--max-tokens", 0)
     assert "--k must be" in refuse(*chain, "--k", 0)
@@ -3135,7 +3139,7 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
 def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
     result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "chain")
     *_, message, border = result.stderr.rstrip().splitlines()
-    assert f"eval.py: {tmp_path}/none: not a model folder" in message
+    assert f"eval.py: {tmp_path}/none: there is no such folder" in message
     assert set(border) == {"="} and result.returncode == 1
 
 
@@ -5395,6 +5399,47 @@ def evaluated_run(folder: Path) -> mifo.Run:
     run = open_run(folder / "evaluated", **settings)
     mifo.train(run)
     return run
+
+
+@case(worlds=(1,))
+def unparsed_run(folder):
+    """What a run prints whose responses never hold an answer, and its summary."""
+    run = open_run(folder / "unparsed", schedule="rl", steps=3)
+    run.checker.check = lambda texts, golds, kinds: ["unparsed"] * len(texts)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        mifo.train(run)
+    return printed.getvalue(), mifo.summary(run)
+
+
+def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(unparsed_run):
+    [(printed, summary)] = unparsed_run[1]
+    for text in (printed, summary):
+        assert text.count("warning: ") == 1
+        assert "No answer was found in 100% of the responses" in text
+        assert "Answers of kind chain are the last [...]" in text
+
+
+NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and what is not
+    (
+        ["math"],
+        0.1,
+        0.9,
+        {},
+        ["90% of the responses", "\\boxed{}", "--system", "--extract any"],
+        ["cut"],
+    ),
+    (["math"], 0.1, 0.9, {"extract": "any"}, ["No answer"], ["\\boxed", "--system"]),
+    (["number"], 0.95, 0.0, {}, ["95%", "--max-response 8192"], ["No answer", "--system"]),
+    (["choice"], 0.0, 1.0, {"require_think": True}, ["a letter A to J", "</think>"], ["--system"]),
+]
+
+
+@pytest.mark.parametrize(("kinds", "cut", "unparsed", "settings", "said", "unsaid"), NO_ANSWERS)
+def test_the_warning_names_what_is_wrong(kinds, cut, unparsed, settings, said, unsaid):
+    text = mifo.no_answers(mifo.Config(**settings), kinds, cut, unparsed)
+    assert text.startswith("warning: ") and "\n" not in text
+    assert all(part in text for part in said) and not any(part in text for part in unsaid)
+    assert mifo.no_answers(mifo.Config(**settings), kinds, 0.89, 0.89) == ""
 
 
 @case()

@@ -2651,7 +2651,15 @@ def test_a_hanging_worker_that_takes_no_more_text_is_replaced():
         assert checker.check(["7 " * 1_000_000], ["7"], ["math"]) == ["timeout"]
 
 
-def test_an_interrupt_leaves_a_usable_checker():
+@pytest.fixture
+def interruptible():
+    """A shell's background process ignores Ctrl-C, unless it asks for it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_a_usable_checker(interruptible):
     with evaluation.Checker(workers=2, limit=3.0) as checker:
         interrupt = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
         responses = [STUCK, STUCK + " ", *(rf"\boxed{{{i}+x}}" for i in range(5000))]

@@ -348,7 +348,7 @@ def copy_tree(folder: str) -> Path:
 
 
 def run_tests(tree: Path, expression: str) -> str:
-    """passed, failed, or what went wrong with pytest itself."""
+    """passed, failed, hung, or what went wrong with pytest itself."""
     # fmt: off
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                "--assert=plain",  # half the time: no rewriting of the whole file
@@ -359,7 +359,7 @@ def run_tests(tree: Path, expression: str) -> str:
     try:
         done = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
-        return "failed"
+        return "hung"
     if done.returncode in (0, 1):
         return "passed" if done.returncode == 0 else "failed"
     return f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
@@ -377,7 +377,8 @@ def check(file: str, expression: str, old: str, new: str) -> tuple[str, str]:
         else:
             (tree / file).write_text(text.replace(old, new))
             result = run_tests(tree, expression)
-            outcome = {"passed": "survived", "failed": "killed"}.get(result, "refused")
+            known = {"passed": "survived", "failed": "killed", "hung": "killed"}
+            outcome = known.get(result, "refused")
             why = f"{time.perf_counter() - start:.0f} s" if outcome != "refused" else result
     return f"{outcome:8}  {file}: {old.strip()}  ->  {new.strip()}  ({why})", outcome
 
@@ -393,7 +394,7 @@ def main() -> int:
     mutants, expressions = [], []
     for file in [args.only] if args.only else MUTANTS:
         for expression, pairs in MUTANTS[file]:
-            expressions.append(f"({expression})")
+            expressions.append(expression)
             mutants += [(file, expression, old, new) for old, new in pairs]
     if args.list:
         for file, expression, old, new in mutants:
@@ -401,11 +402,13 @@ def main() -> int:
         print(f"{len(mutants)} mutants")
         return 0
 
-    with tempfile.TemporaryDirectory() as folder:
-        result = run_tests(copy_tree(folder), " or ".join(expressions))
-    if result != "passed":
-        print(f"without a mutant the tests should pass, but: {result}")
-        return 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        tree = copy_tree(folder)
+        results = pool.map(lambda expression: run_tests(tree, expression), expressions)
+        for expression, result in zip(expressions, results):
+            if result != "passed":
+                print(f"without a mutant the tests {expression} should pass, but: {result}")
+                return 1
     survivors = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for line, outcome in pool.map(lambda mutant: check(*mutant), mutants):

@@ -5811,6 +5811,24 @@ def test_wrong_recipes_are_refused_by_name(text, named, tmp_path, monkeypatch):
     check_refused(["--recipe", str(tmp_path / "r.toml")], named, monkeypatch)
 
 
+def test_help_has_mifos_flags_first_then_the_others_by_group():
+    text = " ".join(mifo.make_parser().format_help().split())
+    groups = ("MIFO:", "GRPO:", "SFT and PEAR:", "model and data:", "engine and scale:", "the run:")
+    places = [text.index(f" {group} --") for group in groups]
+    assert places == sorted(places)
+    for f in dataclasses.fields(mifo.Config):
+        assert f"{mifo.flag(f.name)} " in text or f"{mifo.flag(f.name)}," in text, f.name
+        assert f"[{f.default!r}" in text
+        assert f.metadata["bounds"] in text
+    assert text.index("--rho") < places[1] < text.index("--clip-low") < places[2]
+
+
+def test_only_settings_other_than_the_defaults_are_shown():
+    text = mifo.settings(mifo.Config(rho=0.5, out="a b"))
+    assert text == "settings other than the defaults: rho 0.5, out 'a b'"
+    assert mifo.settings(mifo.Config()).endswith("defaults: none")
+
+
 def test_numbers_may_be_negative_or_infinite(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     cfg = mifo.parse_config(["--pear-ratio-low", "-0.5", "--pear-weight-low=-inf"])

@@ -480,7 +480,8 @@ def row_reader(
         missing = [name for name in named if name and name not in columns]
         if missing:
             raise ValueError(
-                f"{rows.source}: no column {', '.join(missing)}; found {found} (see {flags})"
+                f"{rows.source}: no column {', '.join(missing)} in the first {HEAD} rows; "
+                f"found {found} (see {flags})"
             )
         questions = (question_field,)
     elif "prompt" in columns and "reward_model" in columns:

@@ -18,6 +18,7 @@ if sys.version_info < (3, 11):
 
 import argparse
 import ast
+import contextlib
 import datetime
 import hashlib
 import json
@@ -218,10 +219,10 @@ def compare_countdown(answer: str, gold: str) -> str:
     value = expression_value(answer)
     if value is None:
         return "unparsed"
-    numbers, target = gold.split("=")
-    given = sorted(map(int, re.findall("[0-9]+", numbers)))
-    used = sorted(map(int, re.findall("[0-9]+", answer)))
-    return "correct" if used == given and value == int(target) else "wrong"
+    numbers, _, target = gold.partition("=")
+    given, used = (sorted(map(int, re.findall("[0-9]+", text))) for text in (numbers, answer))
+    targets = [int(number) for number in re.findall("[0-9]+", target)]
+    return "correct" if used == given and targets == [value] else "wrong"
 
 
 def as_number(answer: str) -> Fraction | None:
@@ -1223,7 +1224,8 @@ def fail(program: str, problem: object, code: int) -> int:
         print(message, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
-        Path(error_file).write_text(json.dumps({"message": error}))
+        with contextlib.suppress(OSError):  # a full disk may be what there is to report
+            Path(error_file).write_text(json.dumps({"message": error}))
     return code
 
 

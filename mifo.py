@@ -131,9 +131,9 @@ class Config:
     pear_gamma: float = option(SFT, 0.999, "PEAR's discount per token", "(0, 1]")
     pear_block: int = option(SFT, 4, "PEAR's block length, tokens", "[1, inf)")
     pear_ratio_low: float = option(SFT, -0.08, "a token's log-ratio is clipped below", "[-inf, inf]")
-    pear_ratio_high: float = option(SFT, 0.3, "and above; infinite: not clipped", "[-inf, inf]")
+    pear_ratio_high: float = option(SFT, 0.3, "and above; =-inf and =inf: not clipped", "[-inf, inf]")
     pear_weight_low: float = option(SFT, -10.0, "a weight's logarithm is clipped below", "[-inf, inf]")
-    pear_weight_high: float = option(SFT, 5.0, "and above; infinite: not clipped", "[-inf, inf]")
+    pear_weight_high: float = option(SFT, 5.0, "and above; =-inf and =inf: not clipped", "[-inf, inf]")
     behavior_model: str = option(
         SFT, "", "model that wrote the demonstrations; empty: the policy before training stands in")
 
@@ -331,6 +331,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
         advantages = torch.zeros(len(part.tokens), device=run.device)  # [B]
         for i, row in enumerate(part.rows):
             advantages[i] = rows[row].advantage
+        reference = ask(run.reference, part, cfg.temperature)  # [B, T-1]; None without --kl-coef
         logprobs, entropy = run.policy(part.tokens, part.mask, cfg.temperature)  # [B, T-1] each
         # With one update pi_old is the policy itself: the ratio is 1, and nothing is clipped.
         old_logprobs = part.old if cfg.updates > 1 else logprobs.detach()  # [B, T-1]
@@ -342,7 +343,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
             cfg.clip_low,
             cfg.clip_high,
             per_sequence=cfg.aggregation == "sequence",
-            ref_logprobs=ask(run.reference, part, cfg.temperature),
+            ref_logprobs=reference,
             kl_coef=cfg.kl_coef,
             rollout_logprobs=part.rollout,
             tis_cap=cfg.tis_cap,
@@ -400,11 +401,12 @@ def sft_step(run: Run) -> None:
     sums = Counter(loss=0.0)
     with run.timed("sft"):
         for part in micro_batches(run, pairs, behavior=behavior):
+            if cfg.pear != "off":
+                theirs = behavior_logprobs(run, part, behavior)  # [B, T-1]
             logprobs, entropy = run.policy(part.tokens, part.mask, 1.0)  # [B, T-1] each
             mask = losses.top_entropy_mask(entropy, part.mask, cfg.rho)  # [B, T-1]
             weights = None
             if cfg.pear != "off":
-                theirs = behavior_logprobs(run, part, behavior)  # [B, T-1]
                 weights = pear_weights(cfg, logprobs, theirs, part.mask)  # [B, T-1]
                 sums["pear_weight"] += weights.sum().item() / sum(lengths)
             loss = losses.sft_loss(logprobs, mask, weights)
@@ -1148,6 +1150,18 @@ def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
     return tensors
 
 
+def file_of_each(tensors: dict[str, Tensor], world: int) -> dict[str, int]:
+    """Which of a rank's files a tensor goes to: about 1 GiB each, for a file is built in memory.
+
+    The first rank's answer is that of all, so it has the names that only the others have.
+    """
+    files, size = {f"rng/{rank}": 1 for rank in range(world)}, 0
+    for name, tensor in tensors.items():
+        files[name] = 1 + size // 2**30
+        size += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return files
+
+
 def save_checkpoint(run: Run) -> None:
     """Writes the state whole or not at all. Raises Stopped on all ranks if one cannot write."""
     cfg = run.cfg
@@ -1162,8 +1176,11 @@ def save_checkpoint(run: Run) -> None:
                     shutil.rmtree(left)
                 (part / "state").mkdir(parents=True)
         with together(run):
-            writer = dcp.HuggingFaceStorageWriter(str(part / "state"), save_distributed=True)
-            dcp.save(checkpoint_tensors(run), storage_writer=writer)
+            tensors = checkpoint_tensors(run)
+            writer = dcp.HuggingFaceStorageWriter(
+                str(part / "state"), file_of_each(tensors, run.world), save_distributed=True
+            )
+            dcp.save(tensors, storage_writer=writer)
         weights = full_weights(run.policy, run.dtype)
         whole = {name: tensor.cpu() for name, tensor in weights if run.rank == 0}
         with together(run):
@@ -1726,7 +1743,7 @@ def check_config(cfg: Config, world: int) -> None:
             f"{flag(name)} goes with --data; the embedded task has its own",
         )
     check_file("--data", cfg.data)
-    for name in cfg.evaluate.split(",") if cfg.evaluate else ():
+    for name in filter(None, cfg.evaluate.split(",")):
         known = name == "chain" or name in evaluation.BENCHES or name.endswith((".jsonl", ".json"))
         benches = ", ".join(evaluation.BENCHES)
         must(known, f"--evaluate: {name!r} is neither a JSONL file nor one of {benches}, chain")
@@ -1822,10 +1839,11 @@ def main() -> int:
     try:
         cfg = parse_config(sys.argv[1:])
         say(settings(cfg))
+        found = open_folder(cfg) if cfg.resume or not cfg.dry_run else False
         if cfg.dry_run:
-            say("", dry_run(cfg))
+            if os.environ["RANK"] == "0":
+                say("", dry_run(cfg))
             return 0
-        found = open_folder(cfg)
         lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
         run = set_up(cfg)
         if found:
@@ -1839,6 +1857,8 @@ def main() -> int:
         return evaluation.fail("mifo.py: error", error, 1)
     except OSError as error:  # of a rank's own
         problem = f"rank {run.rank}, step {run.state.step}: {error}"
+        if run.rank != 0:  # else fail prints it
+            print(f"mifo.py: error: {problem}", file=sys.stderr, flush=True)
         return evaluation.fail("mifo.py: error", problem, 1)
     except Exception as error:
         traceback.print_exc()

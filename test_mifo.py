@@ -1668,7 +1668,7 @@ def test_columns_may_be_named(chat_tokenizer, tmp_path):
     found = r"found frage, loesung, weg"
     with pytest.raises(ValueError, match=f"{found}; name the columns by --question-field"):
         named()
-    with pytest.raises(ValueError, match=f"no column antwort; {found}"):
+    with pytest.raises(ValueError, match=f"no column antwort in the first 100 rows; {found}"):
         named("frage", "antwort")
     with pytest.raises(ValueError, match="needed together"):
         named("frage")
@@ -4833,18 +4833,19 @@ def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
 
 @case(worlds=(1,))
 def behavior_held(folder):
-    """Whether PEAR's behaviour model is held after each step of SFT then RL."""
+    """After each step of SFT then RL: its number, and whether PEAR's behaviour model is held."""
     run = open_run(folder / "held", schedule="sft-then-rl", pear="token", steps=1, sft_batch=16)
     held = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mifo, "log_step", lambda run, phase: held.append((phase, bool(run.behavior))))
+        note = lambda run, phase: held.append((run.state.step, phase, bool(run.behavior)))
+        patch.setattr(mifo, "log_step", note)
         patch.setattr(mifo, "save_checkpoint", lambda run: None)
         mifo.train(run)
     return held
 
 
 def test_the_behavior_model_is_freed_when_the_sft_stage_ends(behavior_held):
-    assert behavior_held[1] == [[("sft", True), ("sft", False), ("rl", False)]]
+    assert behavior_held[1] == [[(1, "sft", True), (2, "sft", False), (3, "rl", False)]]
 
 
 def test_questions_and_buffer_do_not_depend_on_ranks(mifo_run):

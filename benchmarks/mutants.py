@@ -173,7 +173,7 @@ MUTANTS = {
             ("part.old if cfg.updates > 1 else logprobs.detach()", "logprobs.detach()"),
             ('per_sequence=cfg.aggregation == "sequence"', "per_sequence=False"),
             ("cfg.clip_low,\n            cfg.clip_high,", "cfg.clip_high,\n            cfg.clip_low,"),
-            ("ref_logprobs=ask(run.reference, part, cfg.temperature)", "ref_logprobs=None"),
+            ("ref_logprobs=reference", "ref_logprobs=None"),
             ("ask(run.reference, part, cfg.temperature)", "ask(run.reference, part, 1.0)"),
             ("kl_coef=cfg.kl_coef", "kl_coef=0.0"),
             ("rollout_logprobs=part.rollout", "rollout_logprobs=None"),

@@ -4809,7 +4809,7 @@ def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_
 @case(worlds=(1,))
 def engine_calls(folder):
     """What the engine and the optimizers are called for, in an RL step and in an SFT step."""
-    run = open_run(folder / "sleeps", questions=16, probe_bound=1e9)
+    run = open_run(folder / "sleeps", questions=16, probe_bound=1e9, rl_clip=0.7, sft_clip=0.3)
     calls = []
 
     class Noted(FixedSampler):
@@ -4820,7 +4820,8 @@ def engine_calls(folder):
 
     run.sampler = Noted()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mifo, "optimizer_step", lambda run, which, *rest: calls.append(which))
+        step = lambda run, which, clip, loss: calls.append(f"{which} step, clipped to {clip}")
+        patch.setattr(mifo, "optimizer_step", step)
         mifo.rl_step(run)
         mifo.begin_sft(run, [0])
         mifo.sft_step(run)
@@ -4828,7 +4829,66 @@ def engine_calls(folder):
 
 
 def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
-    assert engine_calls[1] == [["push", "sample", "sample", "sleep", "rl", "sleep", "sft"]]
+    rl, sft = "rl step, clipped to 0.7", "sft step, clipped to 0.3"
+    assert engine_calls[1] == [["push", "sample", "sample", "sleep", rl, "sleep", sft]]
+
+
+@case(worlds=(1,))
+def shares_of_updates(folder):
+    """(tokens, advantage) of the responses of each of an RL step's two updates."""
+    run = open_run(folder / "shares", questions=4, samples=2, updates=2)
+    run.sampler = FixedSampler()
+    shares = []
+
+    def answers(run, questions):
+        responses = []
+        for i, verdict in enumerate(
+            "wrong correct wrong wrong correct wrong correct wrong".split()
+        ):
+            prompt = questions[i // 2].prompt
+            responses.append(mifo.Response("", prompt, [i], [-1.0], False, "", verdict))
+        return responses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo, "push_weights", lambda run: None)
+        patch.setattr(mifo, "sample", answers)
+        patch.setattr(mifo, "find_old_logprobs", lambda *rest: None)
+        note = lambda run, part: shares.append([(r.tokens[0], r.advantage) for r in part])
+        patch.setattr(mifo, "rl_update", note)
+        mifo.rl_step(run)
+    return shares
+
+
+def test_each_update_has_its_share_of_the_questions_with_their_advantages(shares_of_updates):
+    first = [(0, -0.5), (1, 0.5), (2, 0.0), (3, 0.0)]
+    second = [(4, 0.5), (5, -0.5), (6, 0.5), (7, -0.5)]
+    assert shares_of_updates[1] == [[first, second]]
+
+
+@case(worlds=(1,))
+def sft_queues(folder):
+    """What two SFT phases on five demonstrations queue, and the state after them."""
+    run, queues = open_run(folder / "queues", seed=1, sft_batch=2, sft_epochs=2), []
+    for _ in range(2):
+        mifo.begin_sft(run, [4, 7, 1, 9, 12])
+        queues.append(run.state.sft_queue)
+        run.state.sft_queue = []
+    return queues, run.state.sft_phases, run.state.demonstrations
+
+
+def test_an_sft_phase_queues_its_epochs_each_in_an_order_of_its_own(sft_queues):
+    [(queues, phases, used)] = sft_queues[1]
+    indices = [4, 7, 1, 9, 12]
+    assert phases == 2 and used == indices * 2
+    orders = []
+    for phase, queue in enumerate(queues):
+        assert [len(batch) for batch in queue] == [2, 2, 1, 2, 2, 1]
+        generator = torch.Generator().manual_seed(1_000_003 + phase)
+        for epoch in (queue[:3], queue[3:]):
+            expected = [indices[i] for i in torch.randperm(5, generator=generator).tolist()]
+            assert sum(epoch, []) == expected
+            orders.append(tuple(expected))
+    assert len(set(orders)) == 4
 
 
 @case(worlds=(1,))

@@ -243,8 +243,8 @@ MUTANTS = {
             ('return cfg.schedule == "interleave" and cfg.freeze != "off"',
              'return cfg.schedule == "interleave" and cfg.freeze == "strict"'),
         ]),
-        ("questions_and_buffer or hard_question or exactly_p or engine_sleeps "
-         "or behavior_model_is_freed", [  # rl_step, train
+        ("questions_and_buffer or hard_question or exactly_p or engine_sleeps or its_share "
+         "or behavior_model_is_freed or queues_its_epochs", [  # rl_step, train
             ('if cfg.schedule in ("sft", "sft-then-rl"):  #', 'if cfg.schedule == "sft":  #'),
             (">= cfg.buffer_size:", "> cfg.buffer_size:"),
             ("                state.buffer = []", "                pass"),
@@ -254,7 +254,6 @@ MUTANTS = {
              "if cfg.schedule != \"sft\" and state.rl_steps <= cfg.steps:"),
             ("cfg.seed, state.drawn, cfg.questions)", "cfg.seed, 0, cfg.questions)"),
             ("    state.drawn += cfg.questions", "    pass"),
-            ("    state.rl_steps += 1", "    state.rl_steps += 2"),
             ("hard = accuracy <= cfg.p", "hard = accuracy < cfg.p"),
             ("hard = accuracy <= cfg.p", "hard = accuracy >= cfg.p"),
             (" and question.demonstration is not None", ""),
@@ -272,7 +271,6 @@ MUTANTS = {
             ('optimizer_step(run, "rl", cfg.rl_clip, loss)',
              'optimizer_step(run, "rl", cfg.sft_clip, loss)'),
             ('optimizer_step(run, "sft", cfg.sft_clip,', 'optimizer_step(run, "sft", cfg.rl_clip,'),
-            ('run.optimizers["sft"].state.clear()', "pass"),
             ("        run.behavior = None", "        pass"),
         ]),
         ("not_finite or skipped or drifts or where_no_update_would_see_it or do_not_arrive", [
@@ -285,6 +283,10 @@ MUTANTS = {
             ("        run.state.skips_in_a_row = 0", "        pass"),
             ("        skip_step(run, loss)", "        pass"),
             ("    if not rows:", "    if False:"),
+        ]),
+        ("test_preset", [  # trains them all
+            ("    state.rl_steps += 1", "    state.rl_steps += 2"),
+            ('run.optimizers["sft"].state.clear()', "pass"),
         ]),
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),

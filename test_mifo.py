@@ -1666,7 +1666,9 @@ def test_columns_may_be_named(chat_tokenizer, tmp_path):
     assert [(x.answer, x.demonstration is None) for x in q] == [("2", False), ("4", True)]
     assert [x.demonstration for x in named("frage", "loesung")] == [None, None]
     found = r"found frage, loesung, weg"
-    with pytest.raises(ValueError, match=f"{found}; name the columns by --question-field"):
+    with pytest.raises(
+        ValueError, match=f"{found}; right would be question and answer, .* by --question-field"
+    ):
         named()
     with pytest.raises(ValueError, match=f"no column antwort in the first 100 rows; {found}"):
         named("frage", "antwort")

@@ -1213,14 +1213,16 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["where an answer of each kind stands in a response:", *kinds])
 
 
-def fail(program: str, problem: object, code: int) -> int:
+def fail(program: str, problem: object, code: int, own: bool = False) -> int:
     """Says in one line what is wrong, and returns the exit code.
+
+    Rank 0 says it, for all ranks have the same problem, or with own the rank whose own it is.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
     """
     message = f"{program}: {problem}"
-    if os.environ.get("RANK", "0") == "0":
+    if own or os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}

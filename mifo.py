@@ -1857,9 +1857,7 @@ def main() -> int:
         return evaluation.fail("mifo.py: error", error, 1)
     except OSError as error:  # of a rank's own
         problem = f"rank {run.rank}, step {run.state.step}: {error}"
-        if run.rank != 0:  # else fail prints it
-            print(f"mifo.py: error: {problem}", file=sys.stderr, flush=True)
-        return evaluation.fail("mifo.py: error", problem, 1)
+        return evaluation.fail("mifo.py: error", problem, 1, own=True)
     except Exception as error:
         traceback.print_exc()
         problem = f"rank {run.rank}, step {run.state.step}: {type(error).__name__}: {error}"

@@ -110,10 +110,6 @@ def total(what: str, rows: list[Row], arithmetic: str) -> Row:
     return what, sum(size for _, size, _ in rows), arithmetic
 
 
-def freezes(cfg: mifo.Config) -> bool:
-    return cfg.schedule == "interleave" and cfg.freeze != "off"
-
-
 def sharded(what: str, size: int, shape: Shape, shards: int) -> Row:
     """A row of `size` bytes a parameter, shared out over the shards."""
     n = shape.parameters
@@ -127,7 +123,7 @@ def held_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
         rows.append(sharded("AdamW of RL, two moments", 8, shape, shards))
     if cfg.schedule != "rl":
         rows.append(sharded("AdamW of SFT, two moments", 8, shape, shards))
-    if freezes(cfg) and not cfg.offload_importance:
+    if mifo.freezes(cfg) and not cfg.offload_importance:
         rows.append(sharded("importance map and anchor", 8, shape, shards))
     if cfg.kl_coef > 0:
         rows.append(sharded("reference model, float32", 4, shape, shards))
@@ -147,7 +143,7 @@ def training_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
             ("gradients not yet reduced, float32", 4 * n, f"4 {whole}"),
             ("weights gathered", 2 * n, f"2 {whole}"),
         ]
-    if freezes(cfg):
+    if mifo.freezes(cfg):
         largest = shape.vocab * shape.width / shards  # the embeddings
         arithmetic = f"(1 + 4) B x {shape.vocab:,} x {shape.width:,} / {shards}"
         rows.append(("mask and importance of one tensor", 5 * largest, arithmetic))
@@ -222,7 +218,7 @@ def host_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
     n = shape.parameters
     at_start = f"4 B x {n:,}: each rank reads all weights"
     rows = [("host memory of a rank, at the start", 4 * n, at_start)]
-    if freezes(cfg) and cfg.offload_importance:
+    if mifo.freezes(cfg) and cfg.offload_importance:
         later = f"8 B x {n:,} / {shards}: importance map and anchor"
         rows.append(("host memory of a rank, from then on", 8 * n / shards, later))
     return rows

@@ -50,9 +50,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # as torchrun does for several ranks: or they starve each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # or several ranks starve each other
 
 import data  # before transformers: some packages break its import, and data hides them
 import torch
@@ -87,13 +85,14 @@ def option(group: str, default, meaning: str, bounds: str = "", may_change: bool
     return field(default=default, metadata=known)
 
 
-MIFO, GRPO, SFT, DATA = "MIFO", "GRPO", "SFT and PEAR", "model and data"  # groups of --help
-SCALE, RUN = "engine and scale", "the run"
+MIFO, GRPO, SFT = "MIFO", "GRPO", "SFT and PEAR"  # groups of --help
 
 
 # fmt: off
 @dataclass
-class Config:
+class Settings:
+    """The method's. Config, below the banner, adds those of model, data, engine and run."""
+
     p: float = option(MIFO, 0.125, "a question whose samples are right at most at this rate is hard", "[0, 1]")
     buffer_size: int = option(MIFO, 128, "S: an SFT phase starts at this many hard questions", "[1, inf)")
     rho: float = option(MIFO, 0.2, "share of a demonstration's tokens, by entropy, that SFT learns; 1: all", "(0, 1]")
@@ -136,73 +135,6 @@ class Config:
     pear_weight_high: float = option(SFT, 5.0, "and above; =-inf and =inf: not clipped", "[-inf, inf]")
     behavior_model: str = option(
         SFT, "", "model that wrote the demonstrations; empty: the policy before training stands in")
-
-    model: str = option(DATA, "", "Hub id or folder of the model; empty: the embedded task's base model")
-    data: str = option(DATA, "", "Hub dataset id, JSONL or parquet file; empty: the embedded task")
-    split: str = option(DATA, "", "of a Hub dataset [train]")
-    data_config: str = option(DATA, "", "of a Hub dataset that has several")
-    revision: str = option(DATA, "", "of a Hub dataset: branch, tag or commit")
-    question_field: str = option(DATA, "", "column of questions, where the layout is not a known one")
-    answer_field: str = option(DATA, "", "column of gold answers, likewise")
-    solution_field: str = option(DATA, "", "column of demonstrations, likewise")
-    template: Literal["auto", "chat", "plain"] = option(
-        DATA, "auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
-    system: str = option(DATA, "data", "system prompt: a text; data: as the data has it; none: dropped")
-    generation_prefix: str = option(
-        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
-    extract: Literal["boxed", "any"] = option(
-        DATA, "boxed", "where a maths answer is looked for: the last \\boxed{}; anywhere")
-    require_think: bool = option(DATA, False, "an answer counts only after one closing </think>")
-    max_prompt: int = option(DATA, 1024, "tokens; questions with longer prompts are dropped", "[1, inf)")
-    max_response: int = option(DATA, 8192, "tokens, of samples and of demonstrations", "[1, inf)")
-    rope_theta: float = option(DATA, 0.0, "rotary base to set, for a longer context; 0: as it is", "[0, inf)")
-    max_position_embeddings: int = option(DATA, 0, "context length to set; 0: as it is", "[0, inf)")
-    trust_remote_code: bool = option(DATA, False, "run Python code that comes with the model", may_change=True)
-
-    sampler: Literal["auto", "vllm", "torch"] = option(
-        SCALE, "auto", "auto: vLLM where it can run, else plain PyTorch", may_change=True)
-    max_num_seqs: int = option(SCALE, 256, "responses written at once, per rank", "[1, inf)", may_change=True)
-    kv_cache_gib: float = option(SCALE, 0.5, "vLLM's KV cache on a CPU, GiB a rank", "(0, inf)", may_change=True)
-    gpu_memory_utilization: float = option(
-        SCALE, 0.5, "vLLM's share of the GPU's memory while it samples", "(0, 1]", may_change=True)
-    probe_bound: float = option(
-        SCALE, 0.0, "the run stops if engine and trainer log-probabilities differ by more in the mean; "
-        "0: 0.001 in float32, 0.15 in bfloat16", "[0, inf)", may_change=True)
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        SCALE, "auto", "of compute; auto: bfloat16 on GPUs. Weights stay float32")
-    micro_tokens: int = option(SCALE, 32768, "padded tokens in a micro-batch, per rank", "[1, inf)", may_change=True)
-    replicas: int = option(
-        SCALE, 1, "copies of the sharded model (HSDP); 1: sharded over all ranks", "[1, inf)", may_change=True)
-    activation_checkpointing: bool = option(
-        SCALE, False, "recompute activations in the backward pass", may_change=True)
-    gather_once: bool = option(
-        SCALE, False, "gather weights and reduce gradients once a step, not once a micro-batch: less "
-        "traffic, for 6 bytes a parameter on every rank, 8 in float32", may_change=True)
-    offload_importance: bool = option(
-        SCALE, False, "keep importance map and anchor, 8 bytes a parameter, in host memory", may_change=True)
-    beta1: float = option(SCALE, 0.9, "of AdamW, both RL's and SFT's", "[0, 1)")
-    beta2: float = option(SCALE, 0.999, "of AdamW", "[0, 1)")
-    weight_decay: float = option(SCALE, 0.01, "of AdamW", "[0, inf)")
-
-    recipe: str = option(
-        RUN, "", "TOML file of flags that come before those given; without it and without --model: the "
-        "embedded task's", may_change=True)
-    out: str = option(RUN, "runs/default", "folder of the run", may_change=True)
-    dry_run: bool = option(RUN, False, "check all but the weights, show the first prompt, and exit", may_change=True)
-    resume: bool = option(RUN, False, "go on after the newest checkpoint in --out", may_change=True)
-    seed: int = option(RUN, 0, "of sampling, the order of questions, the embedded base model", "[0, inf)")
-    save_every: int = option(RUN, 50, "steps between checkpoints; a new best is saved too", "[1, inf)", may_change=True)
-    keep: int = option(RUN, 2, "newest checkpoints kept, beside the best one", "[1, inf)", may_change=True)
-    evaluate: str = option(RUN, "", "benchmarks of eval.py or JSONL files, by commas; empty: nothing")
-    eval_every: int = option(RUN, 0, "RL steps between evaluations; 0: before and after", "[0, inf)", may_change=True)
-    eval_sft_phases: bool = option(RUN, False, "evaluate around each SFT phase: what is forgotten?", may_change=True)
-    eval_k: int = option(RUN, 1, "responses per question in evaluations", "[1, inf)")
-    eval_temperature: float = option(RUN, 0.6, "of sampling in evaluations; 0: greedy", "[0, inf)")
-    samples_logged: int = option(RUN, 4, "responses in samples.jsonl per RL step", "[0, inf)", may_change=True)
-    check_limit: float = option(RUN, 5.0, "seconds for checking one answer, else timeout", "(0, inf)", may_change=True)
-    step_limit: float = option(
-        RUN, 120.0, "minutes; if a step and its evaluation take longer, each rank prints where it is and the run "
-        "ends; 0: no limit", "[0, inf)", may_change=True)
 # fmt: on
 
 
@@ -522,9 +454,84 @@ class Policy(nn.Module):
 
 
 # ==================================================================================================
-# Plumbing. First what a run holds; below that, nothing is specific to MIFO: sampling and the
-# engine, what the steps call, evaluation, logs, checkpoints, set-up, the command line.
+# Plumbing. First the other settings and what a run holds; below that, nothing is specific to MIFO:
+# sampling and the engine, what the steps call, evaluation, logs, checkpoints, set-up, the command
+# line.
 # ==================================================================================================
+
+DATA, SCALE, RUN = "model and data", "engine and scale", "the run"  # further groups of --help
+
+
+# fmt: off
+@dataclass
+class Config(Settings):
+    model: str = option(DATA, "", "Hub id or folder of the model; empty: the embedded task's base model")
+    data: str = option(DATA, "", "Hub dataset id, JSONL or parquet file; empty: the embedded task")
+    split: str = option(DATA, "", "of a Hub dataset [train]")
+    data_config: str = option(DATA, "", "of a Hub dataset that has several")
+    revision: str = option(DATA, "", "of a Hub dataset: branch, tag or commit")
+    question_field: str = option(DATA, "", "column of questions, where the layout is not a known one")
+    answer_field: str = option(DATA, "", "column of gold answers, likewise")
+    solution_field: str = option(DATA, "", "column of demonstrations, likewise")
+    template: Literal["auto", "chat", "plain"] = option(
+        DATA, "auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
+    system: str = option(DATA, "data", "system prompt: a text; data: as the data has it; none: dropped")
+    generation_prefix: str = option(
+        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
+    extract: Literal["boxed", "any"] = option(
+        DATA, "boxed", "where a maths answer is looked for: the last \\boxed{}; anywhere")
+    require_think: bool = option(DATA, False, "an answer counts only after one closing </think>")
+    max_prompt: int = option(DATA, 1024, "tokens; questions with longer prompts are dropped", "[1, inf)")
+    max_response: int = option(DATA, 8192, "tokens, of samples and of demonstrations", "[1, inf)")
+    rope_theta: float = option(DATA, 0.0, "rotary base to set, for a longer context; 0: as it is", "[0, inf)")
+    max_position_embeddings: int = option(DATA, 0, "context length to set; 0: as it is", "[0, inf)")
+    trust_remote_code: bool = option(DATA, False, "run Python code that comes with the model", may_change=True)
+
+    sampler: Literal["auto", "vllm", "torch"] = option(
+        SCALE, "auto", "auto: vLLM where it can run, else plain PyTorch", may_change=True)
+    max_num_seqs: int = option(SCALE, 256, "responses written at once, per rank", "[1, inf)", may_change=True)
+    kv_cache_gib: float = option(SCALE, 0.5, "vLLM's KV cache on a CPU, GiB a rank", "(0, inf)", may_change=True)
+    gpu_memory_utilization: float = option(
+        SCALE, 0.5, "vLLM's share of the GPU's memory while it samples", "(0, 1]", may_change=True)
+    probe_bound: float = option(
+        SCALE, 0.0, "the run stops if engine and trainer log-probabilities differ by more in the mean; "
+        "0: 0.001 in float32, 0.15 in bfloat16", "[0, inf)", may_change=True)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        SCALE, "auto", "of compute; auto: bfloat16 on GPUs. Weights stay float32")
+    micro_tokens: int = option(SCALE, 32768, "padded tokens in a micro-batch, per rank", "[1, inf)", may_change=True)
+    replicas: int = option(
+        SCALE, 1, "copies of the sharded model (HSDP); 1: sharded over all ranks", "[1, inf)", may_change=True)
+    activation_checkpointing: bool = option(
+        SCALE, False, "recompute activations in the backward pass", may_change=True)
+    gather_once: bool = option(
+        SCALE, False, "gather weights and reduce gradients once a step, not once a micro-batch: less "
+        "traffic, for 6 bytes a parameter on every rank, 8 in float32", may_change=True)
+    offload_importance: bool = option(
+        SCALE, False, "keep importance map and anchor, 8 bytes a parameter, in host memory", may_change=True)
+    beta1: float = option(SCALE, 0.9, "of AdamW, both RL's and SFT's", "[0, 1)")
+    beta2: float = option(SCALE, 0.999, "of AdamW", "[0, 1)")
+    weight_decay: float = option(SCALE, 0.01, "of AdamW", "[0, inf)")
+
+    recipe: str = option(
+        RUN, "", "TOML file of flags that come before those given; without it and without --model: the "
+        "embedded task's", may_change=True)
+    out: str = option(RUN, "runs/default", "folder of the run", may_change=True)
+    dry_run: bool = option(RUN, False, "check all but the weights, show the first prompt, and exit", may_change=True)
+    resume: bool = option(RUN, False, "go on after the newest checkpoint in --out", may_change=True)
+    seed: int = option(RUN, 0, "of sampling, the order of questions, the embedded base model", "[0, inf)")
+    save_every: int = option(RUN, 50, "steps between checkpoints; a new best is saved too", "[1, inf)", may_change=True)
+    keep: int = option(RUN, 2, "newest checkpoints kept, beside the best one", "[1, inf)", may_change=True)
+    evaluate: str = option(RUN, "", "benchmarks of eval.py or JSONL files, by commas; empty: nothing")
+    eval_every: int = option(RUN, 0, "RL steps between evaluations; 0: before and after", "[0, inf)", may_change=True)
+    eval_sft_phases: bool = option(RUN, False, "evaluate around each SFT phase: what is forgotten?", may_change=True)
+    eval_k: int = option(RUN, 1, "responses per question in evaluations", "[1, inf)")
+    eval_temperature: float = option(RUN, 0.6, "of sampling in evaluations; 0: greedy", "[0, inf)")
+    samples_logged: int = option(RUN, 4, "responses in samples.jsonl per RL step", "[0, inf)", may_change=True)
+    check_limit: float = option(RUN, 5.0, "seconds for checking one answer, else timeout", "(0, inf)", may_change=True)
+    step_limit: float = option(
+        RUN, 120.0, "minutes; if a step and its evaluation take longer, each rank prints where it is and the run "
+        "ends; 0: no limit", "[0, inf)", may_change=True)
+# fmt: on
 
 
 @dataclass(kw_only=True)

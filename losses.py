@@ -116,12 +116,39 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
 def sft_loss(logprobs: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """-sum_t w_t * log pi(y_t | y_<t) over the masked-in tokens; divide by their global number.
 
-    logprobs [B, T], mask [B, T] bool, weights [B, T] (PEAR's; 1 without) -> scalar.
+    logprobs [B, T], mask [B, T] bool, weights [B, T] (PEAR's, those of sft_weights, their product;
+    1 without) -> scalar.
     """
     nll = -logprobs.masked_fill(~mask, 0.0)
     if weights is not None:
-        nll = nll * weights
+        nll = nll * weights.masked_fill(~mask, 0.0)
     return nll.sum()
+
+
+def sft_weights(logprobs: Tensor, kind: str, alpha: float = 0.1) -> Tensor:
+    """Weights of the SFT loss that count a token less if the policy finds it improbable.
+
+    With p_t = pi(y_t | y_<t):
+      dft:    w_t = p_t                     DFT (arXiv 2508.05629)
+      trust:  w_t = min(1, p_t / alpha)     TrSFT, of TRAPO (arXiv 2512.17636)
+      phi:    w_t = p_t * (1 - p_t)         CHORD-phi (arXiv 2508.11408); less also if p is near 1
+
+    logprobs [B, T] -> [B, T], without gradient. pear_weights may multiply them; the divisor stays
+    the number of tokens. TrSFT's authors write its loss as -p / max(p, alpha), p in the divisor
+    without gradient: another value, the same gradient. Tokens of high entropy have a small p: after
+    top_entropy_mask, dft and phi give far smaller gradients. Raises ValueError on an unknown kind
+    or an alpha outside (0, 1].
+    """
+    if kind not in ("dft", "trust", "phi"):
+        raise ValueError(f"kind must be dft, trust or phi, not {kind!r}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be in (0, 1], not {alpha}")
+    p = logprobs.detach().exp()
+    if kind == "dft":
+        return p
+    if kind == "trust":
+        return (p / alpha).clamp(max=1.0)
+    return p * (1 - p)
 
 
 def pear_weights(

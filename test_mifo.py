@@ -90,6 +90,7 @@ COPIED_ALONG = {  # function -> what its docstring says to copy along
     losses.top_entropy_count: [],
     losses.top_entropy_mask: [losses.top_entropy_count],
     losses.sft_loss: [],
+    losses.sft_weights: [],
     losses.pear_weights: [],
     losses.token_logprobs: [losses._TokenLogprobs, losses._tiles],
     freeze.update_importance: [],
@@ -110,6 +111,7 @@ def test_every_equation_works_when_copied_alone(function):
         "top_entropy_count": (10, 0.2),
         "top_entropy_mask": (rows, mask, 0.5),
         "sft_loss": (rows, mask, 2 * rows),
+        "sft_weights": (rows, "trust", 0.5),
         "pear_weights": (rows, 2 * rows, mask, "block", 0.9, 2),
         "token_logprobs": (rows, randn(5, 3, seed=1), torch.tensor([4, 0]), 0.7, 2),
         "topk_threshold": (floats, 0.5),
@@ -490,6 +492,69 @@ def test_sft_loss_and_gradient_against_a_loop():
         assert loss.item() == pytest.approx(expected, abs=1e-12)
         loss.backward()
         assert torch.equal(leaf.grad, -weights * mask)
+
+
+# Of p = .9, .5, .1, .05, .01: the weights, the loss, that without the third token, and that with
+# weights .2, .4, .6, .8, 1 besides.
+# fmt: off
+SFT_WEIGHTS = {
+    "dft": ([0.9, 0.5, 0.1, 0.05, 0.01], 0.867495, 0.637236, 0.323475),
+    "trust": ([1, 1, 1, 0.5, 0.1], 5.059476, 2.756891, 1.957141),
+    "phi": ([0.09, 0.25, 0.09, 0.0475, 0.0099], 0.577890, 0.370658, 0.230640),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", SFT_WEIGHTS)
+def test_sft_weights_by_table(kind):
+    weights, plain, masked, weighted = SFT_WEIGHTS[kind]
+    logprobs = torch.tensor([[0.9, 0.5, 0.1, 0.05, 0.01]], dtype=torch.float64).log()
+    leaf, everywhere = logprobs.requires_grad_(), torch.ones(1, 5, dtype=torch.bool)
+    found = losses.sft_weights(leaf, kind)
+    assert not found.requires_grad and found.tolist()[0] == pytest.approx(weights, abs=1e-12)
+    loss = losses.sft_loss(leaf, everywhere, found)
+    loss.backward()
+    assert loss.item() == pytest.approx(plain, abs=1e-6)
+    torch.testing.assert_close(leaf.grad, -found)
+    mask = torch.tensor([[True, True, False, True, True]])
+    assert losses.sft_loss(leaf, mask, found).item() == pytest.approx(masked, abs=1e-6)
+    others = torch.tensor([[0.2, 0.4, 0.6, 0.8, 1.0]], dtype=torch.float64)
+    assert losses.sft_loss(leaf, mask, found * others).item() == pytest.approx(weighted, abs=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
+def test_trust_weights_give_the_gradient_of_trapos_loss(alpha):
+    """-p / max(p, alpha), the divisor without gradient; its value at alpha .1 is that published."""
+    logprobs = torch.tensor([[0.9, 0.5, 0.1, 0.05, 0.01]], dtype=torch.float64).log()
+    leaf, other_leaf = logprobs.clone().requires_grad_(), logprobs.clone().requires_grad_()
+    p = leaf.exp()
+    theirs = -(p / p.detach().clamp(min=alpha)).sum()
+    theirs.backward()
+    if alpha == 0.1:
+        assert theirs.item() == pytest.approx(-3.6)
+    weights = losses.sft_weights(other_leaf, "trust", alpha)
+    losses.sft_loss(other_leaf, torch.ones(1, 5, dtype=torch.bool), weights).backward()
+    torch.testing.assert_close(other_leaf.grad, leaf.grad)
+
+
+@pytest.mark.parametrize("kind", SFT_WEIGHTS)
+@pytest.mark.parametrize("poison", [math.inf, math.nan])
+def test_sft_weights_outside_the_mask_do_not_leak(kind, poison):
+    mask = torch.tensor([[False, True, True]])
+    leaf = torch.tensor([[poison, -0.5, -2.0]], requires_grad=True)
+    loss = losses.sft_loss(leaf, mask, losses.sft_weights(leaf, kind))
+    loss.backward()
+    clean = leaf[:, 1:].detach()
+    expected = losses.sft_loss(clean, mask[:, 1:], losses.sft_weights(clean, kind))
+    assert loss.item() == expected.item() and leaf.grad[0, 0] == 0 and leaf.grad.isfinite().all()
+
+
+def test_sft_weights_refuse():
+    with pytest.raises(ValueError, match="kind"):
+        losses.sft_weights(torch.zeros(1, 1), "luffy")
+    for alpha in (0.0, -0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="alpha"):
+            losses.sft_weights(torch.zeros(1, 1), "trust", alpha)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -72,8 +72,18 @@ MUTANTS = {
         ("sft_loss", [
             ("nll = -logprobs.masked_fill(~mask, 0.0)", "nll = logprobs.masked_fill(~mask, 0.0)"),
             ("nll = -logprobs.masked_fill(~mask, 0.0)", "nll = -logprobs"),
-            ("nll = nll * weights", "nll = nll / weights"),
+            ("nll = nll * weights.masked", "nll = nll / weights.masked"),
             ("return nll.sum()", "return nll.mean()"),
+        ]),
+        ("sft_weights or trust_weights", [
+            ("nll * weights.masked_fill(~mask, 0.0)", "nll * weights"),
+            ("p = logprobs.detach().exp()", "p = logprobs.exp()"),
+            ("        return p\n", "        return 1 - p\n"),
+            ("(p / alpha).clamp(max=1.0)", "p / alpha"),
+            ("(p / alpha).clamp(max=1.0)", "(p / 0.1).clamp(max=1.0)"),
+            ("return p * (1 - p)", "return p * p"),
+            ("alpha: float = 0.1)", "alpha: float = 0.2)"),
+            ("if not 0 < alpha <= 1:", "if not 0 <= alpha <= 1:"),
         ]),
         ("test_pear", [
             ("(logprobs - behavior_logprobs).detach()", "(behavior_logprobs - logprobs).detach()"),

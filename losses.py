@@ -1,4 +1,4 @@
-"""The equations of GRPO, MIFO's SFT loss and PEAR, as pure functions on tensors.
+"""The equations of GRPO, MIFO's SFT loss, PEAR and their neighbours: pure functions on tensors.
 
 Every function holds one equation, with its usual terms, and can be copied alone: it needs torch and
 math, and names the function to copy along where there is one. Losses are sums, not means: the
@@ -41,6 +41,7 @@ def grpo_loss(
     kl_coef: float = 0.0,
     rollout_logprobs: Tensor | None = None,
     tis_cap: float = 0.0,
+    sequence_ratio: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-sum_t w_t * [min(ratio_t * A, clip(ratio_t) * A) - kl_coef * KL_t], the clipped policy loss.
 
@@ -55,9 +56,17 @@ def grpo_loss(
       the global number of tokens: token level (DAPO, arXiv 2503.14476);
       with per_sequence (w_t = 1 / row's length) the global number of rows: each row's mean (GRPO);
       the global number of rows times a constant length: Dr. GRPO.
+
+    sequence_ratio makes it GSPO (arXiv 2507.18071): every token of a row has the row's ratio, the
+    geometric mean of its tokens'. Rows are then clipped whole, in the paper at 3e-4 and 4e-4, with
+    per_sequence. Where all ratios are 1, the gradient is the same as without.
     """
+    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
     # Masked before exp: an inf or NaN outside the mask would reach the gradient as 0 * inf.
-    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # [B, T]
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # [B, T]
+    if sequence_ratio:
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(mask)
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     advantages = advantages.view(len(mask), 1)  # one a row: [B, T] would not do
     gain = torch.minimum(ratio * advantages, clipped * advantages)  # [B, T]
@@ -69,14 +78,49 @@ def grpo_loss(
         engine_ratio = (old_logprobs - rollout_logprobs).masked_fill(~mask, 0.0).exp()
         gain = gain * engine_ratio.clamp(max=tis_cap).detach()
     if ref_logprobs is not None:
-        log_ratio = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
-        kl = log_ratio.exp() - log_ratio - 1
+        log_ref = (ref_logprobs - logprobs).masked_fill(~mask, 0.0)
+        kl = log_ref.exp() - log_ref - 1
         gain = gain - kl_coef * kl
         metrics["kl"] = kl.detach().sum()
     weights = mask.to(gain.dtype)
     if per_sequence:
-        weights = weights / mask.sum(1, keepdim=True).clamp(min=1)
+        weights = weights / lengths
     return -(gain * weights).sum(), metrics
+
+
+def nft_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon: float = 1.0,
+    negative: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-sum_t (1 - r) * [log R_t on right rows, negative * log c_t on wrong ones]: NFT's loss.
+
+    arXiv 2505.18116. R = pi / pi_old, and r is the share of the question's samples that are right.
+    pi_old is r parts right and 1 - r parts wrong answers, and what pi moves to the right ones is
+    missing among the wrong ones:
+      x_t = (1 - r * R_t) / (1 - r),    c_t = max(x_t, epsilon), with the gradient of x_t
+    Where R = 1, the gradient is grpo_loss's, -A a token (if negative is 1, epsilon at most 1), and
+    the loss 0. Elsewhere nothing is clipped: right tokens keep their gradient at any R, and that of
+    wrong ones fades as R falls.
+
+    logprobs, old_logprobs [B, T]; mask [B, T] bool; advantages [B]: rewards of 1 or 0 minus their
+    group's mean, which give r = 1 - A of right rows and -A of wrong ones. Log R is capped at 10, as
+    in the authors' code. Returns (scalar, metrics: floored, the number of wrong rows' tokens with
+    x_t below epsilon); divide it as grpo_loss. Raises ValueError on an advantage outside (-1, 1).
+    """
+    if not (advantages.abs() < 1).all():
+        raise ValueError("advantages must be rewards of 1 or 0 minus their mean, with no std")
+    advantages = advantages.view(len(mask), 1)
+    right = advantages > 0  # [B, 1]
+    r = torch.where(right, 1 - advantages, -advantages)  # [B, 1]
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).clamp(max=10.0)  # [B, T]
+    x = (1 - r * log_ratio.exp()) / (1 - r)
+    c = x.detach().clamp(min=epsilon) + (x - x.detach())  # [B, T]
+    gain = (1 - r) * torch.where(right, log_ratio, negative * c.log())
+    return -(gain * mask).sum(), {"floored": (mask & ~right & (x < epsilon)).sum()}
 
 
 def top_entropy_count(n: int, rho: float) -> int:

@@ -87,6 +87,7 @@ def flags(*shape, seed, probability):
 COPIED_ALONG = {  # function -> what its docstring says to copy along
     losses.group_advantages: [],
     losses.grpo_loss: [],
+    losses.nft_loss: [],
     losses.top_entropy_count: [],
     losses.top_entropy_mask: [losses.top_entropy_count],
     losses.sft_loss: [],
@@ -107,7 +108,10 @@ def test_every_equation_works_when_copied_alone(function):
     floats = [randn(4, 2, dtype=torch.float32)]
     arguments = {
         "group_advantages": (rows, True),
-        "grpo_loss": (rows, 2 * rows, rows[:, 0], mask, 0.2, 0.3, True, 3 * rows, 0.1, 4 * rows, 2),
+        "grpo_loss": (
+            (rows, 2 * rows, rows[:, 0], mask, 0.2, 0.3, True, 3 * rows, 0.1) + (4 * rows, 2, True)
+        ),
+        "nft_loss": (rows, 2 * rows, torch.tensor([0.25, -0.75]), mask, 0.9, 0.5),
         "top_entropy_count": (10, 0.2),
         "top_entropy_mask": (rows, mask, 0.5),
         "sft_loss": (rows, mask, 2 * rows),
@@ -164,17 +168,29 @@ def test_group_advantages_of_equal_rewards_are_exactly_zero(normalize_std):
 
 
 def grpo_oracle(
-    logprobs, old, advantage, low=0.2, high=0.2, ref=None, kl_coef=0.0, engine=None, cap=0.0
+    logprobs,
+    old,
+    advantage,
+    low=0.2,
+    high=0.2,
+    ref=None,
+    kl_coef=0.0,
+    engine=None,
+    cap=0.0,
+    sequence=False,
 ):
     """One response, token by token: its gains [n], whose sum GRPO raises, and what was counted.
 
     logprobs, old, ref and engine are the response's own n tokens, without padding, float64; the
-    advantage is a float. The gains carry the gradient of logprobs.
+    advantage is a float. The gains carry the gradient of logprobs. sequence: GSPO's ratio.
     """
     gains = []
+    ratios = logprobs.exp() / old.detach().exp()
+    if sequence:
+        ratios = [ratios.prod() ** (1 / len(ratios))] * len(ratios) if len(ratios) else []
     counts = {"clipped_low": 0, "clipped_high": 0, "kl": 0.0}
     for t in range(len(logprobs)):
-        ratio = torch.exp(logprobs[t] - old[t].item())
+        ratio = ratios[t]
         if advantage >= 0:  # only a rise of a good token and a fall of a bad one are cut off
             gain = advantage * ratio.clamp(max=1 + high)
             counts["clipped_high"] += int(advantage > 0 and ratio > 1 + high)
@@ -207,9 +223,9 @@ def rollouts():
 
 CLIPS, KL_AND_CAP = [(0.2, 0.2), (0.1, 0.4)], [(0.0, 0.0), (0.3, 0.0), (0.0, 1.4), (0.3, 1.4)]
 GRPO_SETTINGS = [
-    dict(low=low, high=high, per_sequence=per_sequence, kl_coef=kl_coef, cap=cap)
-    for (low, high), per_sequence, (kl_coef, cap) in itertools.product(
-        CLIPS, [False, True], KL_AND_CAP
+    dict(low=low, high=high, per_sequence=row, kl_coef=kl_coef, cap=cap, sequence=sequence)
+    for sequence, (low, high), row, (kl_coef, cap) in itertools.product(
+        [False, True], CLIPS, [False, True], KL_AND_CAP
     )
 ]
 
@@ -231,6 +247,7 @@ def grpo_loss(logprobs, old, advantages, mask, ref, engine, s):
         kl_coef=s["kl_coef"],
         rollout_logprobs=engine if s["cap"] else None,
         tis_cap=s["cap"],
+        sequence_ratio=s["sequence"],
     )
 
 
@@ -251,6 +268,7 @@ def test_grpo_loss_and_gradient_against_a_loop(s):
             kl_coef=s["kl_coef"],
             engine=engine[b, row],
             cap=s["cap"],
+            sequence=s["sequence"],
         )
         divisor = max(1, len(gains)) if s["per_sequence"] else 1
         expected = expected - gains.sum() / divisor
@@ -258,7 +276,7 @@ def test_grpo_loss_and_gradient_against_a_loop(s):
             totals[key] += value
     loss, metrics = grpo_loss(other_leaf, old, advantages, mask, ref, engine, s)
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    assert totals["clipped_low"] >= 2 and totals["clipped_high"] >= 2  # both clips are at work
+    assert totals["clipped_low"] > 0 and totals["clipped_high"] > 0  # both clips are at work
     assert ("kl" in metrics) == (s["kl_coef"] > 0)
     for key, value in metrics.items():
         assert value.item() == pytest.approx(totals[key], abs=1e-9), key
@@ -342,10 +360,13 @@ def test_grpo_tis_weight_is_detached():
     assert logprobs.grad[mask].abs().max() > 0.1
 
 
-def test_grpo_with_the_policy_as_its_own_old_is_the_policy_gradient():
+@pytest.mark.parametrize("sequence", [False, True])
+def test_grpo_with_the_policy_as_its_own_old_is_the_policy_gradient(sequence):
     logprobs, _, advantages, mask, _, _ = rollouts()
     logprobs.requires_grad_()
-    loss, metrics = losses.grpo_loss(logprobs, logprobs.detach(), advantages, mask)
+    loss, metrics = losses.grpo_loss(
+        logprobs, logprobs.detach(), advantages, mask, sequence_ratio=sequence
+    )
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -advantages[:, None] * mask)
     assert loss.item() == pytest.approx(-(advantages * mask.sum(1)).sum().item())
@@ -405,6 +426,211 @@ def test_grpo_gradient_adds_up_over_any_split_of_rows_and_any_padding(s):
                 sums[key] += value.item()
         torch.testing.assert_close(leaf.grad, whole.grad, rtol=0, atol=1e-12)
         assert sums == pytest.approx(expected, abs=1e-11)
+
+
+def test_gspo_by_hand():
+    # Ratios 2 and 1/8, and 8 and 1/2: of their means 1/2 and 2 both tokens of a row have one.
+    ratio = torch.tensor([[2, 1 / 8, 99], [8, 1 / 2, 99]], dtype=torch.float64)
+    zeros, mask = torch.zeros(2, 3), torch.tensor([[True, True, False]] * 2)
+    for advantage, gains, clipped in ((1.0, [0.5, 1.28], [0, 2]), (-1.0, [-0.8, -2.0], [2, 0])):
+        advantages = torch.tensor([advantage] * 2)
+        loss, metrics = losses.grpo_loss(
+            ratio.log(), zeros, advantages, mask, 0.2, 0.28, sequence_ratio=True
+        )
+        assert loss.item() == pytest.approx(-2 * sum(gains), abs=1e-12)
+        assert [metrics["clipped_low"].item(), metrics["clipped_high"].item()] == clipped
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_grpo_and_gspo_are_trls(level, tmp_path):
+    """Value and gradient of TRL's own loss of a tiny model, a KL included."""
+    pytest.importorskip("trl", reason="TRL is not installed; the loop above is the oracle then")
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=17,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)  # TRL loads the reference too
+    words = {f"t{i}": i for i in range(17)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "t0")), pad_token="t0", eos_token="t1"
+    )
+    settings = GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        per_device_train_batch_size=4,
+        num_generations=4,
+        importance_sampling_level=level,
+        loss_type="grpo",
+        epsilon=0.02,
+        epsilon_high=0.03,
+        beta=0.3,
+        use_bias_correction_kl=False,
+    )
+    trainer = GRPOTrainer(
+        model=transformers.LlamaForCausalLM.from_pretrained(tmp_path),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=settings,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "t2 t3"}] * 4),
+        processing_class=tokenizer,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.model.train()
+    mask = torch.arange(7) < torch.tensor([[7], [4], [1], [5]])  # [4, 7]
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(2, 17, (4, 10), generator=generator)  # prompts of 3, responses of 7
+    with torch.no_grad():
+        logits = model(tokens).logits[:, 2:-1]
+    now = logits.log_softmax(-1).gather(2, tokens[:, 3:, None])[..., 0]  # [4, 7]
+    old = now + randn(4, 7, seed=2, dtype=torch.float32, scale=0.3)
+    reference = now + randn(4, 7, seed=3, dtype=torch.float32, scale=0.3)
+    advantages = torch.tensor([1.3, -0.8, 0.5, -1.7])
+    theirs = trainer._compute_loss(
+        model,
+        {
+            "prompt_ids": tokens[:, :3],
+            "prompt_mask": torch.ones(4, 3, dtype=torch.int64),
+            "completion_ids": tokens[:, 3:],
+            "completion_mask": mask.long(),
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": reference,
+        },
+    )
+    expected = torch.autograd.grad(theirs, list(model.parameters()))
+    logits = model(tokens).logits[:, 2:-1]
+    logprobs = logits.log_softmax(-1).gather(2, tokens[:, 3:, None])[..., 0]
+    ours, metrics = losses.grpo_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        0.02,
+        0.03,
+        per_sequence=True,
+        ref_logprobs=reference,
+        kl_coef=0.3,
+        sequence_ratio=level == "sequence",
+    )
+    assert metrics["clipped_low"] + metrics["clipped_high"] > 0
+    assert ours.item() / 4 == pytest.approx(theirs.item(), rel=1e-5)
+    gradients = torch.autograd.grad(ours / 4, list(model.parameters()))
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-7)
+
+
+def nft_oracle(logprobs, old, right, rate, epsilon, negative):
+    """NFT of one response's own tokens, floats only: its loss, its gradient [n], tokens floored."""
+    loss, gradient, floored = 0.0, [], 0
+    for x, y in zip(logprobs.tolist(), old.tolist()):
+        ratio = math.exp(x) / math.exp(y)
+        if right:
+            loss -= (1 - rate) * math.log(ratio)
+            gradient.append(-(1 - rate))
+        else:
+            implicit = (1 - rate * ratio) / (1 - rate)
+            held = max(implicit, epsilon)
+            loss -= (1 - rate) * negative * math.log(held)
+            gradient.append(negative * rate * ratio / held)
+            floored += implicit < epsilon
+    return loss, gradient, floored
+
+
+# Right rows' advantages are 1 - r, wrong ones' -r.
+@pytest.mark.parametrize("epsilon, negative", [(1.0, 1.0), (0.5, 1.0), (0.2, 0.5), (1.5, 0.0)])
+def test_nft_loss_and_gradient_against_a_loop(epsilon, negative):
+    logprobs, old, _, mask, _, _ = rollouts()
+    rates, right = [0.25, 0.75, 0.5, 0.25, 0.125, 0.875], [True, False, True, False, False, True]
+    advantages = torch.tensor([1 - r if good else -r for r, good in zip(rates, right)])
+    expected, count, gradient = 0.0, 0, torch.zeros(6, 9, dtype=torch.float64)
+    for b, row in enumerate(mask):
+        loss, values, floored = nft_oracle(
+            logprobs[b, row], old[b, row], right[b], rates[b], epsilon, negative
+        )
+        expected, count = expected + loss, count + floored
+        gradient[b, row] = torch.tensor(values, dtype=torch.float64)
+    leaf = logprobs.masked_fill(~mask, math.nan).requires_grad_()  # nothing leaks
+    old = old.masked_fill(~mask, -math.inf)
+    loss, metrics = losses.nft_loss(leaf, old, advantages, mask, epsilon, negative)
+    loss.backward()
+    assert loss.shape == () and loss.item() == pytest.approx(expected, abs=1e-9)
+    assert metrics["floored"].item() == count > 0
+    torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=1e-9)
+
+
+# fmt: off
+NFT_TABLE = [  # right, r, epsilon, the loss, and the gradients of p = .6, .1, .8 from .5, .2, .8
+    (True, 0.25, 1.0, 0.383119, [-0.75, -0.75, -0.75]),
+    (False, 0.25, 1.0, -0.115613, [0.300000, 0.107143, 0.250000]),
+    (False, 0.25, 0.5, -0.063868, [0.321429, 0.107143, 0.250000]),
+    (False, 0.75, 1.0, -0.229073, [0.900000, 0.150000, 0.750000]),
+    (False, 0.75, 0.2, 0.0, [2.250000, 0.150000, 0.750000]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("right, rate, epsilon, loss, gradient", NFT_TABLE)
+def test_nft_by_table(right, rate, epsilon, loss, gradient):
+    p = torch.tensor([[0.6, 0.1, 0.8]], dtype=torch.float64)
+    old = torch.tensor([[0.5, 0.2, 0.8]], dtype=torch.float64).log()
+    advantages = torch.tensor([1 - rate if right else -rate])
+    logprobs, mask = p.log().requires_grad_(), torch.ones(1, 3, dtype=torch.bool)
+    found, _ = losses.nft_loss(logprobs, old, advantages, mask, epsilon)
+    found.backward()
+    assert found.item() == pytest.approx(loss, abs=1e-6)
+    assert logprobs.grad[0].tolist() == pytest.approx(gradient, abs=1e-6)
+
+
+def test_nft_holds_on_where_grpo_clips():
+    """Gradients at r = 1/4 and ratios on both sides of GRPO's clips."""
+    old, mask = torch.zeros(2, 4, dtype=torch.float64), torch.ones(2, 4, dtype=torch.bool)
+    logprobs = torch.tensor([[0.5, 1.0, 1.15, 2.0]] * 2, dtype=torch.float64).log()
+    advantages = torch.tensor([0.75, -0.25])
+    found = {}
+    for loss in (losses.nft_loss, losses.grpo_loss):
+        leaf = logprobs.clone().requires_grad_()
+        loss(leaf, old, advantages, mask)[0].backward()
+        found[loss.__name__] = leaf.grad.flatten().tolist()
+    wrong = [0.107143, 0.25, 0.2875, 0.5]
+    assert found["nft_loss"] == pytest.approx([-0.75] * 4 + wrong, abs=1e-6)
+    right = [-0.375, -0.75, -0.8625, 0]
+    assert found["grpo_loss"] == pytest.approx(right + [0, *wrong[1:]], abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.3])
+def test_nft_on_policy_has_grpos_gradient(epsilon):
+    """At every rate of a group of 8, groups of equal rewards included; the loss itself is 0."""
+    rewards = (torch.arange(8)[None] < torch.arange(9)[:, None]).double()  # [9, 8]
+    advantages = losses.group_advantages(rewards, False).flatten()
+    logprobs, mask = randn(72, 5, seed=1) - 2, flags(72, 5, seed=2, probability=0.7)
+    gradients = []
+    for loss, settings in ((losses.nft_loss, [epsilon]), (losses.grpo_loss, [])):
+        leaf = logprobs.clone().requires_grad_()
+        value, _ = loss(leaf, logprobs, advantages, mask, *settings)
+        value.backward()
+        gradients.append(leaf.grad)
+        if loss is losses.nft_loss:
+            assert value.item() == pytest.approx(0, abs=1e-12)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    assert gradients[0].abs().max() > 0.8
+
+
+def test_nft_stays_finite_and_refuses():
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    logprobs = torch.tensor([[200.0], [200.0]], requires_grad=True)  # e^200 is no float32
+    loss, _ = losses.nft_loss(logprobs, torch.zeros(2, 1), torch.tensor([0.5, -0.5]), mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(-5) and logprobs.grad.isfinite().all()  # 1/2 * log e^10
+    for wrong in (1.0, -1.0, 1.7, math.nan):  # rewards of 1 and -1, or divided by std
+        with pytest.raises(ValueError, match="advantages"):
+            losses.nft_loss(logprobs, torch.zeros(2, 1), torch.tensor([0.5, wrong]), mask)
 
 
 def exact_count(n, rho):

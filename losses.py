@@ -195,6 +195,45 @@ def sft_weights(logprobs: Tensor, kind: str, alpha: float = 0.1) -> Tensor:
     return p * (1 - p)
 
 
+def sed_penalty(
+    logprobs: Tensor,
+    top_mass: Tensor,
+    mask: Tensor,
+    tau: float,
+    strength: float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """strength * sum_t M_t * (p_t - 1/2)^2, M_t = 1 where top_mass < tau; SED adds it to sft_loss.
+
+    SED-SFT (arXiv 2602.07464). Where the k most probable tokens hold less than tau together, the
+    policy has a choice: there the penalty draws the demonstration's token towards p = 1/2, from
+    below and from above. logprobs, top_mass (token_logprobs' for top_k = k) [B, T]; mask [B, T]
+    bool; weights [B, T] as sft_loss's -> scalar. No gradient through M. For tau see sed_threshold.
+
+    The authors' code contradicts itself: its loss compares the mass of the top 2 with a tau that,
+    unless k is given, was measured on the top 10. Which of them the paper's figures used is not
+    known; here give both the same k.
+    """
+    uncertain = mask & (top_mass < tau)  # [B, T]
+    penalty = strength * (logprobs.masked_fill(~uncertain, 0.0).exp() - 0.5).square()  # [B, T]
+    if weights is not None:
+        penalty = penalty * weights
+    return penalty.masked_fill(~uncertain, 0.0).sum()
+
+
+def sed_threshold(top_mass: Tensor, ratio: float) -> float:
+    """tau that the share `ratio` of all tokens reaches: sed_penalty acts on the other 1 - ratio.
+
+    top_mass [N], of the policy before training; SED-SFT (arXiv 2602.07464) takes 100 samples and
+    0.7. Of N masses in falling order it is the floor(ratio * N)-th, at least the first. Raises
+    ValueError if ratio is outside (0, 1] or there is no mass.
+    """
+    if not 0 < ratio <= 1 or len(top_mass) == 0:
+        raise ValueError(f"ratio must be in (0, 1], of one mass or more, not {ratio}")
+    place = max(1, math.floor(ratio * len(top_mass) + 1e-9))  # as in top_entropy_count
+    return top_mass.sort(descending=True).values[place - 1].item()
+
+
 def pear_weights(
     logprobs: Tensor,
     behavior_logprobs: Tensor,
@@ -265,7 +304,8 @@ def token_logprobs(
     targets: Tensor,
     temperature: float = 1.0,
     chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:
+    top_k: int = 0,
+) -> tuple[Tensor, ...]:
     """log softmax(hidden @ head_weight.T / temperature) at the targets, and that softmax's entropy.
 
     hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64 -> (logprobs [N],
@@ -273,8 +313,11 @@ def token_logprobs(
     Logits exist for `chunk` vocabulary entries at a time and none is kept for the backward pass:
     the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16 inputs). Targets
     are in [0, V): labels of -100 are not refused, so pick hidden[mask] and targets[mask] first.
+    With top_k > 0 a third tensor [N] follows: the probability that the top_k most probable tokens
+    have together, without gradient.
     """
-    return _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk)
+    found = _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk, top_k)
+    return found if top_k > 0 else found[:2]
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -286,7 +329,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, chunk):
+    def forward(ctx, hidden, head_weight, targets, temperature, chunk, top_k):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # Of the logits z of the tiles so far, [N, 1] each: the largest, sum of e^(z - peak), sum of
         # e^(z - peak) * z, and the target's.
@@ -294,9 +337,13 @@ class _TokenLogprobs(torch.autograd.Function):
         total = torch.zeros_like(peak)
         moment = torch.zeros_like(peak)
         picked = torch.zeros_like(peak)
+        top = peak.expand(-1, top_k)  # [N, top_k]: the largest logits of the tiles so far
         tiles = _tiles(hidden, head_weight, targets, temperature, chunk, copies=2)
         for _, column, inside, logits, weights in tiles:
             picked += logits.gather(1, column) * inside
+            if top_k > 0:
+                best = logits.topk(min(top_k, logits.shape[1])).values
+                top = torch.cat([top, best], 1).topk(top_k).values
             higher = torch.maximum(peak, logits.amax(1, keepdim=True))
             decay = (peak - higher).exp_()
             torch.sub(logits, higher, out=weights).exp_()
@@ -307,11 +354,12 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy = (log_z - moment / total)[:, 0]
         ctx.save_for_backward(hidden, head_weight, targets, log_z)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return (picked - log_z)[:, 0], entropy
+        top_mass = (top - log_z).exp().sum(1)
+        ctx.mark_non_differentiable(entropy, top_mass)
+        return (picked - log_z)[:, 0], entropy, top_mass
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         hidden, head_weight, targets, log_z = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)  # full precision over the tiles
         grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None
@@ -326,7 +374,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 grad_hidden += d_logits @ head_weight[part]
             if grad_weight is not None:
                 torch.mm(d_logits.T, hidden, out=grad_weight[part])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
 def _tiles(hidden, head_weight, targets, temperature: float, chunk: int, copies: int = 1):

@@ -92,6 +92,8 @@ COPIED_ALONG = {  # function -> what its docstring says to copy along
     losses.top_entropy_mask: [losses.top_entropy_count],
     losses.sft_loss: [],
     losses.sft_weights: [],
+    losses.sed_penalty: [],
+    losses.sed_threshold: [],
     losses.pear_weights: [],
     losses.token_logprobs: [losses._TokenLogprobs, losses._tiles],
     freeze.update_importance: [],
@@ -116,8 +118,10 @@ def test_every_equation_works_when_copied_alone(function):
         "top_entropy_mask": (rows, mask, 0.5),
         "sft_loss": (rows, mask, 2 * rows),
         "sft_weights": (rows, "trust", 0.5),
+        "sed_penalty": (rows, rows.flip(0), mask, 0.3, 0.5, 2 * rows),
+        "sed_threshold": (rows[0], 0.7),
         "pear_weights": (rows, 2 * rows, mask, "block", 0.9, 2),
-        "token_logprobs": (rows, randn(5, 3, seed=1), torch.tensor([4, 0]), 0.7, 2),
+        "token_logprobs": (rows, randn(5, 3, seed=1), torch.tensor([4, 0]), 0.7, 2, 3),
         "topk_threshold": (floats, 0.5),
         "zero_frozen_gradients": (floats, [floats[0] > 0]),
         "update_importance": (floats, [floats[0] + 1], [floats[0] + 2], 0.5),
@@ -783,6 +787,62 @@ def test_sft_weights_refuse():
             losses.sft_weights(torch.zeros(1, 1), "trust", alpha)
 
 
+def test_sed_by_table():
+    """Four tokens of four symbols, k 2, tau .9: the loss, its gradient, the mass, from logits."""
+    logits = [[4.0, 0, 0, 0], [1, 0.5, 0, -0.5], [0, 0, 0, 0], [2, 2, -1, -1]]
+    hidden = torch.tensor(logits, dtype=torch.float64)
+    identity, targets = torch.eye(4, dtype=torch.float64), torch.tensor([0, 0, 3, 2])
+    found = losses.token_logprobs(hidden, identity, targets, chunk=3, top_k=2)
+    logprobs, _, top_mass = (values[:, None] for values in found)  # [4, 1] each
+    assert top_mass[:, 0].tolist() == pytest.approx([0.965277, 0.731059, 0.5, 0.952574], abs=1e-6)
+    leaf, mask = logprobs.requires_grad_(), torch.ones(1, 1, dtype=torch.bool)
+    rows = []
+    for row, mass in zip(leaf, top_mass):
+        penalty = losses.sed_penalty(row[None], mass[None], mask, 0.9)
+        rows.append(losses.sft_loss(row[None], mask) + penalty)
+    expected = [0.053490, 0.789359, 1.448794, 3.741735]
+    assert [loss.item() for loss in rows] == pytest.approx(expected, abs=1e-6)
+    sum(rows).backward()
+    assert sum(rows).item() == pytest.approx(6.033378, abs=1e-6)
+    gradient = [-1, -1.040906, -1.125, -1]
+    assert leaf.grad[:, 0].tolist() == pytest.approx(gradient, abs=1e-6)
+
+
+def test_sed_penalty_and_gradient_against_a_loop():
+    logprobs, mask = -randn(4, 6, seed=1).abs(), flags(4, 6, seed=2, probability=0.6)
+    mass = torch.rand(4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mass[mask.nonzero()[0].tolist()] = 0.5  # a mass of tau itself is not below it
+    random_weights = randn(4, 6, seed=4).exp().masked_fill(~mask, math.nan)
+    for weights in (None, random_weights):
+        expected, gradient = 0.0, torch.zeros(4, 6, dtype=torch.float64)
+        for b, t in mask.nonzero().tolist():
+            if mass[b, t] < 0.5:
+                weight = 0.3 if weights is None else 0.3 * weights[b, t].item()
+                p = math.exp(logprobs[b, t].item())
+                expected += weight * (p - 0.5) ** 2
+                gradient[b, t] = weight * 2 * (p - 0.5) * p
+        leaf = logprobs.masked_fill(~mask, math.nan).requires_grad_()
+        masses = mass.masked_fill(~mask, 0.0).requires_grad_()
+        loss = losses.sed_penalty(leaf, masses, mask, 0.5, 0.3, weights)
+        assert loss.item() == pytest.approx(expected, abs=1e-12) and expected > 0.01
+        loss.backward()
+        assert masses.grad is None
+        torch.testing.assert_close(leaf.grad, gradient, rtol=0, atol=1e-12)
+
+
+def test_sed_threshold_by_table():
+    masses = torch.tensor([0.99, 0.50, 0.81, 0.70, 0.62, 0.90, 0.55, 0.95, 1.0, 0.97])
+    for ratio, tau, below in ((0.3, 0.97, 7), (0.7, 0.70, 3), (1.0, 0.50, 0), (0.01, 1.0, 9)):
+        found = losses.sed_threshold(masses, ratio)
+        assert found == pytest.approx(tau) and (masses < found).sum() == below, ratio
+    for ratio in (0.07, 0.29, 0.57):  # times 100, 7.0000000000000009, 28.999999999999996 and so on
+        tau = losses.sed_threshold(torch.arange(100.0), ratio)
+        assert tau == 100 - math.floor(Fraction(str(ratio)) * 100), ratio
+    for size, ratio in ((10, 0.0), (10, 1.01), (10, math.nan), (0, 0.5)):
+        with pytest.raises(ValueError, match="ratio"):
+            losses.sed_threshold(masses[:size], ratio)
+
+
 # --------------------------------------------------------------------------------------------------
 # PEAR
 
@@ -1017,6 +1077,25 @@ def test_token_logprobs_by_hand():
         assert entropy.tolist() == pytest.approx([expected, expected], abs=1e-6)
 
 
+# Of 17 entries: more than a tile holds, all of them, and more than there are.
+@pytest.mark.parametrize("top_k", [1, 2, 5, 17, 20])
+@pytest.mark.parametrize("chunk", [1, 4, 17, 1024])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_token_logprobs_mass_of_the_top_k(top_k, chunk, dtype, tolerance):
+    hidden, weight, targets = head(dtype=dtype, scale=2.0)
+    hidden[3] = 0.0  # all entries equal
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    found = losses.token_logprobs(hidden, weight, targets, 0.7, chunk, top_k)
+    assert len(found) == 3 and found[2].dtype == dtype and not found[2].requires_grad
+    falling = torch.softmax(hidden @ weight.T / 0.7, 1).sort(1, descending=True).values
+    torch.testing.assert_close(found[2], falling[:, :top_k].sum(1), rtol=0, atol=tolerance)
+    plain = losses.token_logprobs(hidden, weight, targets, 0.7, chunk)
+    assert len(plain) == 2
+    torch.testing.assert_close(found[:2], plain, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(logprobs.sum(), leaves) for logprobs in (found[0], plain[0])]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("scale", [50.0, 1e3])
 def test_token_logprobs_of_large_logits_stay_finite(scale):
     hidden, weight, targets = head(dtype=torch.float32, scale=scale)
@@ -1054,6 +1133,8 @@ def test_token_logprobs_of_no_token():
     logprobs.sum().backward()
     assert logprobs.shape == entropy.shape == (0,)
     assert hidden.grad.shape == (0, 5) and weight.grad.eq(0).all()
+    mass = losses.token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), top_k=2)[2]
+    assert mass.shape == (0,)
 
 
 def test_token_logprobs_with_a_tied_head():
@@ -1083,18 +1164,22 @@ def test_token_logprobs_in_bfloat16_stays_close_to_float32(temperature):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every operation for the largest tensor that it makes."""
+    """Watches every operation for the largest tensor that it makes, and lists the operations."""
 
-    numel = 0
+    def __init__(self):
+        super().__init__()
+        self.numel, self.names = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self.numel = max(self.numel, out.numel())
         return out
 
 
-def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none():
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none(top_k):
     n, d, v, chunk = 512, 4, 300, 16
     hidden, weight, targets = head(n, d, v)
     saved = []
@@ -1105,9 +1190,10 @@ def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none():
 
     with LargestTensor() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         leaves = hidden.requires_grad_(), weight.requires_grad_()
-        losses.token_logprobs(*leaves, targets, 1.0, chunk)[0].sum().backward()
+        losses.token_logprobs(*leaves, targets, 1.0, chunk, top_k)[0].sum().backward()
     assert largest.numel == 2 * n * chunk  # of n * v, 9 times as many
     assert sum(saved) <= n * d + v * d + 2 * n
+    assert ("aten.topk.default" in largest.names) == (top_k > 0)  # not asked for, not paid for
 
 
 # --------------------------------------------------------------------------------------------------

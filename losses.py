@@ -59,7 +59,7 @@ def grpo_loss(
 
     sequence_ratio makes it GSPO (arXiv 2507.18071): every token of a row has the row's ratio, the
     geometric mean of its tokens'. Rows are then clipped whole, in the paper at 3e-4 and 4e-4, with
-    per_sequence. Where all ratios are 1, the gradient is the same as without.
+    per_sequence. Where all ratios are 1, the gradient is the same as without (tis_cap aside).
     """
     lengths = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
     # Masked before exp: an inf or NaN outside the mask would reach the gradient as 0 * inf.

@@ -960,12 +960,12 @@ def check_evaluation(args) -> Evaluation:
             f"--max-tokens {args.max_tokens}: with the longest prompt that is {max_len} tokens, "
             f"but the model's context is {context}; at most {context - longest} fit"
         )
-    settings = evaluation_settings(args, benches, ks)
-    folder = args.out or Path("evaluations") / Path(settings["model"]).name
-    check_folder(folder, settings)
-    dtype = config.dtype or torch.float32
+    dtype = torch.bfloat16 if torch.cuda.is_available() else config.dtype or torch.float32
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
+    settings = evaluation_settings(args, benches, ks, dtype)
+    folder = args.out or Path("evaluations") / Path(settings["model"]).name
+    check_folder(folder, settings)
     return Evaluation(
         args=args,
         tokenizer=tokenizer,
@@ -978,7 +978,7 @@ def check_evaluation(args) -> Evaluation:
     )
 
 
-def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int]) -> dict:
+def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtype) -> dict:
     """All on which the responses depend, as settings.json holds it."""
     folder = Path(args.model)
     weights = []
@@ -991,7 +991,8 @@ def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int]) -> d
         "questions": hashlib.sha256(repr(prompts).encode()).hexdigest(),
     }
     flags = {key: value for key, value in vars(args).items() if key not in ("model", "out")}
-    return settings | flags | {"k": list(ks.values())}
+    own = {"k": list(ks.values()), "dtype": str(dtype).removeprefix("torch.")}
+    return settings | flags | own
 
 
 def check_folder(folder: Path, settings: dict) -> None:
@@ -1029,7 +1030,8 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
         gpu_memory_utilization=0.85,
     )
     if rank == 0:
-        print(f"sampler: {sampler.name}, because {sampler.why}", file=sys.stderr)
+        dtype = evaluation.settings["dtype"]
+        print(f"sampler: {sampler.name}, {dtype}, because {sampler.why}", file=sys.stderr)
     detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
     checker = Checker(checker_workers(world), args.limit, args.extract, args.require_think)
     with checker, open_responses(evaluation.folder, rank) as file:
@@ -1179,7 +1181,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'")
     add("--sampler", choices=("auto", "vllm", "torch"), default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's")
+    meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"
+    add("--dtype", choices=dtypes, default="auto", help=meaning)
     add("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
     add_checker_flags(parser)
     return parser

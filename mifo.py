@@ -1193,6 +1193,9 @@ def save_checkpoint(run: Run) -> None:
         with together(run):
             if run.rank == 0:
                 run.policy.model.save_pretrained(part / "model", state_dict=whole)
+                model_config = run.policy.model.config
+                model_config.dtype = run.dtype  # that says float32, as the weights in training are
+                model_config.save_pretrained(part / "model")
                 run.tokenizer.save_pretrained(part / "model")
                 state = {"state": asdict(run.state), "config": asdict(cfg)}
                 state["data"] = getattr(run.questions, "fingerprint", "")

@@ -3146,6 +3146,26 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     assert "model there is another" in refuse(*there)
 
 
+def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, monkeypatch):
+    trained = tmp_path / "trained"
+    shutil.copytree(eval_model, trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+    def types_of(model, *more) -> list:
+        flags = f"{model} --bench chain --max-tokens 8 --out {tmp_path / 'out'}".split()
+        args = evaluation.evaluate_parser().parse_args([*flags, *more])
+        found = evaluation.check_evaluation(args)
+        return [found.dtype, found.settings["dtype"]]
+
+    assert types_of(trained) == [torch.bfloat16, "bfloat16"]  # a run by --dtype bfloat16
+    assert types_of(eval_model) == [torch.float32, "float32"]
+    assert types_of(trained, "--dtype", "float32") == [torch.float32, "float32"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert types_of(eval_model) == [torch.bfloat16, "bfloat16"]
+    assert types_of(eval_model, "--dtype", "float32") == [torch.float32, "float32"]
+
+
 def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
     result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "chain")
     *_, message, border = result.stderr.rstrip().splitlines()
@@ -5206,6 +5226,24 @@ def test_torch_sampler_drops_rows_without_changing_any(tmp_path):
             assert max(abs(a - b) for a, b in zip(s.logprobs, w.logprobs)) < 1e-5
             lengths.add(stop)
         assert len(lengths) > 5 and min(lengths) < 8
+
+
+@case()
+def bfloat16_checkpoint(folder):
+    run = open_run(folder / "bfloat16", dtype="bfloat16")
+    mifo.save_checkpoint(run)
+    return checkpoints_of(folder / "bfloat16")[-1] / "model"
+
+
+def test_a_checkpoint_names_the_type_of_its_weights_and_nothing_else_is_new(
+    bfloat16_checkpoint, base
+):
+    for [folder, *_] in bfloat16_checkpoint.values():
+        before, after = (json.loads((f / "config.json").read_text()) for f in (base, folder))
+        assert before.pop("dtype") == "float32" and after.pop("dtype") == "bfloat16"
+        assert before == after
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
 
 
 @case(worlds=(1,))

@@ -26,6 +26,10 @@ import data  # noqa: F401  before transformers and vllm: it hides packages that 
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+# vLLM's import switches cuDNN's attention off for the whole process. Off without vLLM as well, so
+# that trainer and sampler use one kernel wherever they run, and no plan is built for each shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass
 class Sample:
@@ -167,6 +171,7 @@ class VLLMSampler:
         self.cuda = torch.cuda.is_available()
         self.asleep = False
         if self.cuda:
+            config_edits = config_edits | {"head_dtype": "float32"}  # logits as the trainer's
             settings = {"gpu_memory_utilization": gpu_memory_utilization}
         else:
             # On a CPU a seeded request whose prefill is split over two engine steps crashes

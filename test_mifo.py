@@ -803,6 +803,36 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+class ProductTypes(TorchDispatchMode):
+    """Records the type of what each product of two matrices is kept in."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.found.append(out.dtype)
+        return out
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("place", [OnCuda, torch.Tensor])
+def test_logits_of_bfloat16_are_kept_in_float32_on_a_gpu(place):
+    """By shapes and types alone, which need no GPU."""
+    hidden = torch.empty(6, 8, dtype=torch.bfloat16, device="meta").as_subclass(place)
+    weight = torch.empty(20, 8, dtype=torch.bfloat16, device="meta").as_subclass(place)
+    targets = torch.empty(6, dtype=torch.int64, device="meta")
+    with ProductTypes() as products:
+        for _, _, _, logits in losses._tiles(hidden, weight, targets, 0.7, 8):
+            assert logits.dtype == torch.float32
+    assert products.found == 3 * [torch.float32 if place is OnCuda else torch.bfloat16]
+
+
 def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none():
     n, d, v, chunk = 512, 4, 300, 16
     hidden, weight, targets = head(n, d, v)
@@ -1348,6 +1378,10 @@ def test_embedded_questions_and_what_training_and_evaluation_share():
 
 # --------------------------------------------------------------------------------------------------
 # Which sampler
+
+
+def test_sampler_and_trainer_have_one_attention_kernel_with_vllm_or_without():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.fixture

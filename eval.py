@@ -1216,16 +1216,27 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["where an answer of each kind stands in a response:", *kinds])
 
 
-def fail(program: str, problem: object, code: int, own: bool = False) -> int:
-    """Says in one line what is wrong, and returns the exit code.
+def fail(program: str, error: Exception, refusal: type, code: int, place: str = "") -> int:
+    """Says in a line what is wrong, and returns the exit code: `code` for a refusal, else 1.
 
-    Rank 0 says it, for all ranks have the same problem, or with own the rank whose own it is.
+    A refusal is an error of that type raised by these files: all ranks have it, and rank 0 says it.
+    Any other may be a rank's own: each says it with its number and, if it is not the system's, with
+    a traceback.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
     """
-    message = f"{program}: {problem}"
-    if own or os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    here = Path(__file__).resolve().parent
+    refused = isinstance(error, refusal) and Path(raised_in).resolve().parent == here
+    message = f"{program}: {error}"
+    if not refused:
+        code = 1
+        message = f"{program}: rank {rank}{place}: {type(error).__name__}: {error}"
+        if not isinstance(error, OSError):
+            traceback.print_exception(error)
+    if not refused or rank == "0":
         print(message, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
@@ -1245,11 +1256,8 @@ def main() -> int:
             raise ValueError(f"--limit must be above 0 seconds, not {args.limit}")
         command_grade(args) if grade else command_evaluate(args)
         return 0
-    except ValueError as problem:  # of the user's making
-        return fail("eval.py", problem, 2)
-    except Exception as problem:
-        traceback.print_exc()
-        return fail("eval.py", f"{type(problem).__name__}: {problem}", 1)
+    except Exception as error:
+        return fail("eval.py", error, ValueError, 2)
 
 
 if __name__ == "__main__":

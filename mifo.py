@@ -40,7 +40,6 @@ import signal
 import textwrap
 import time
 import tomllib
-import traceback
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -1859,28 +1858,22 @@ def main() -> int:
         if found:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
-    except ValueError as error:
-        return evaluation.fail("mifo.py: error", error, 2)
+    except Exception as error:  # out of memory, too: a rank that lingers keeps the others waiting
+        return evaluation.fail("mifo.py: error", error, ValueError, 2)
     try:
         stop = run_to_end(run, found)
-    except Stopped as error:
-        return evaluation.fail("mifo.py: error", error, 1)
-    except OSError as error:  # of a rank's own
-        problem = f"rank {run.rank}, step {run.state.step}: {error}"
-        return evaluation.fail("mifo.py: error", problem, 1, own=True)
+        last = checkpoints(cfg.out)[-1]
+        if stop:
+            name = signal.Signals(stop).name
+            say(f"stopped by {name} after step {run.state.step}; --resume goes on from {last}")
+            return 128 + stop
+        say("", summary(run), "", f"model: {last / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
+        run.checker.close()
+        barrier(run)
+        return 0
     except Exception as error:
-        traceback.print_exc()
-        problem = f"rank {run.rank}, step {run.state.step}: {type(error).__name__}: {error}"
-        return evaluation.fail("mifo.py: error", problem, 1)
-    last = checkpoints(cfg.out)[-1]
-    if stop:
-        name = signal.Signals(stop).name
-        say(f"stopped by {name} after step {run.state.step}; --resume goes on from {last}")
-        return 128 + stop
-    say("", summary(run), "", f"model: {last / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
-    run.checker.close()
-    barrier(run)
-    return 0
+        step = f", step {run.state.step}"
+        return evaluation.fail("mifo.py: error", error, Stopped, 1, step)
 
 
 def run_to_end(run: Run, resumed: bool) -> int:

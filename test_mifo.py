@@ -3218,8 +3218,8 @@ def test_a_crash_shows_its_traceback_and_what_torchrun_will_say(tmp_path, monkey
         assert evaluation.main() == 1
         lines = capsys.readouterr().err.splitlines()
         assert "KeyError: 'lost'" in lines  # the traceback's last line
-        assert ("eval.py: KeyError: 'lost'" in lines) == (rank == "0")
-        assert json.loads(path.read_text())["message"]["message"] == "eval.py: KeyError: 'lost'"
+        message = f"eval.py: rank {rank}: KeyError: 'lost'"  # each rank says its own
+        assert lines[-1] == json.loads(path.read_text())["message"]["message"] == message
 
 
 def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
@@ -5758,6 +5758,50 @@ def test_a_broken_run_ends_whole_and_soon(endless_run, how, monkeypatch):
             assert part in stderr, stderr[-3000:]
     if how == "a rank killed":
         assert "SIGKILL" in stderr or "-9" in stderr, stderr[-2000:]
+
+
+# What ends a run in set-up and in training: (what, exit code, who says so, its line, a traceback?)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+NO_SPACE = OSError(28, "No space left on device")
+ENDS = [
+    ("set_up", lambda: mifo.read_model(mifo.Config(), "--model", "/none"), 2, "first",
+     "--model /none: there is no such folder", False),
+    ("set_up", lambda: json.loads("{"), 1, "each", "rank {}: JSONDecodeError: Expecting", True),
+    ("set_up", OUT_OF_MEMORY, 1, "each", "rank {}: OutOfMemoryError: CUDA out of memory. T", True),
+    ("set_up", NO_SPACE, 1, "each", "rank {}: OSError: [Errno 28] No space", False),
+    ("run_to_end", mifo.Stopped("the engine"), 1, "first", "the engine", False),
+    ("run_to_end", OUT_OF_MEMORY, 1, "each", "rank {}, step 3: OutOfMemoryError: CUDA out", True),
+    ("run_to_end", NO_SPACE, 1, "each", "rank {}, step 3: OSError: [Errno 28] No space", False),
+    ("run_to_end", ValueError("no such k"), 1, "each", "rank {}, step 3: ValueError: no such", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+@pytest.mark.parametrize("where, what, code, who, line, traced", ENDS)
+def test_whatever_ends_a_rank_is_said_and_main_returns(
+    where, what, code, who, line, traced, rank, monkeypatch, capsys, tmp_path
+):
+    """A rank that left by an exception would keep the others waiting while Python shuts down."""
+
+    def end(*given):
+        if isinstance(what, Exception):
+            raise what
+        what()
+
+    run = types.SimpleNamespace(state=mifo.State(step=3))
+    monkeypatch.setattr(mifo, "set_up", lambda cfg: run)
+    monkeypatch.setattr(mifo, where, end)
+    monkeypatch.setattr(mifo.signal, "signal", lambda number, handler: None)  # this process's own
+    monkeypatch.setattr(sys, "argv", ["mifo.py", f"--out={tmp_path}", "--questions=4"])
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert mifo.main() == code
+    said = capsys.readouterr().err
+    if who == "first" and rank != "0":
+        assert said == ""
+    else:
+        assert said.splitlines()[-1].startswith("mifo.py: error: " + line.format(rank))
+        assert ("Traceback" in said) == traced
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data,
-and skipped where absent. The sections, in order:
+and skipped where absent. GPUs are not used, but by one test that takes the GPU whose number
+MIFO_TEST_GPU says: `MIFO_TEST_GPU=0 pytest -k gpu`. The sections, in order:
 
 losses.py, freeze.py   The equations; PEAR; Log-probabilities in tiles; Freezing
 data.py                Batches; The embedded task; Data
@@ -47,6 +48,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch, whose numbers on a GPU are not to the bit
 
 import data  # noqa: E402  before transformers: it hides packages that break its import
 from safetensors import safe_open  # noqa: E402

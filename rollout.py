@@ -260,7 +260,8 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept prefixes that the weights before these have written")
 
 
 def _sample_of(completion) -> Sample:
@@ -274,11 +275,12 @@ def _global_rng_untouched():
     """vLLM reseeds the global generators when it starts and draws from them when it samples."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
 
 

@@ -5297,6 +5297,36 @@ def test_probe_stops_a_run_whose_weights_do_not_arrive(weights_never_arrive):
         assert part in message
 
 
+def test_torch_sampler_writes_as_many_rows_at_once_as_a_gpu_has_room_for(tmp_path, monkeypatch):
+    base, length, caches = tiny_model(tmp_path / "model", 3), 60, []
+    make = rollout._make_cache
+    monkeypatch.setattr(rollout, "_make_cache", lambda c: caches.append(make(c)) or caches[-1])
+    settings = dict(max_len=length, dtype=torch.float32, eos_ids=[99], max_num_seqs=7)
+    sampler = rollout.make_sampler("torch", base, **settings)
+    sizes = []
+    for prompt in (1, 20, 41, 59):
+        sampler.sample([[2] * prompt], 1, [0], length - prompt, 1.0)
+        rooms = [room for layer in caches[-1].layers for room in layer.rooms]
+        sizes.append(sum(room.nbytes for room in rooms))
+    row = rollout.cache_bytes(sampler.model.config, length, torch.float32)
+    assert 0.8 * row < max(sizes) <= row
+    assert 2 * rollout.cache_bytes(sampler.model.config, length, torch.bfloat16) == row
+    sampler.device = "cuda:0"
+    for rows_free, written in ((0, 1), (2.4, 1), (2.6, 2), (100, 7)):
+        free = int(rows_free * row), 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: free)
+        assert sampler._rows() == written
+
+
+def test_the_global_generators_are_put_back_even_if_the_engine_fails():
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(MemoryError), rollout._global_rng_untouched():
+        random.random(), np.random.rand(), torch.rand(1)
+        raise MemoryError
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == before
+
+
 # --------------------------------------------------------------------------------------------------
 # Real questions
 

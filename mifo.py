@@ -373,6 +373,8 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     run.log[f"{which}/grad_norm"] = norm.item()
     if math.isfinite(loss) and math.isfinite(norm.item()):
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        if not run.optimizers[which].state:  # its moments are to lie in memory of their own
+            torch.cuda.empty_cache()
         run.optimizers[which].step()
         run.state.skips_in_a_row = 0
     else:
@@ -388,7 +390,7 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
 def frozen_masks(run: Run) -> Iterator[Tensor]:
     """What is frozen now, one tensor's bool mask at a time: all would be a byte an entry."""
     for c in run.importance:
-        yield (c > run.state.threshold).to(run.device, non_blocking=True)
+        yield c.to(run.device, non_blocking=True) > run.state.threshold
 
 
 def set_anchor(run: Run) -> None:
@@ -496,7 +498,8 @@ class Config(Settings):
         SCALE, 0.0, "the run stops if engine and trainer log-probabilities differ by more in the mean; "
         "0: 0.001 in float32, 0.15 in bfloat16", "[0, inf)", may_change=True)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        SCALE, "auto", "of compute; auto: bfloat16 on GPUs. Weights stay float32")
+        SCALE, "auto", "of compute; auto: bfloat16 on GPUs, whose float32 attention takes memory "
+        "with the square of the length. Weights stay float32")
     micro_tokens: int = option(SCALE, 32768, "padded tokens in a micro-batch, per rank", "[1, inf)", may_change=True)
     replicas: int = option(
         SCALE, 1, "copies of the sharded model (HSDP); 1: sharded over all ranks", "[1, inf)", may_change=True)
@@ -1401,10 +1404,13 @@ def set_up(cfg: Config) -> Run:
         say(f"sampler: {sampler.name}, because {sampler.why}")
     map_mesh = shards_of(cfg, mesh)
     map_device = device
-    if cfg.offload_importance and cuda:
+    offloaded = cfg.offload_importance and cuda
+    if offloaded:
         map_mesh = shards_of(cfg, make_mesh(cfg, "cpu", world))
         map_device = torch.device("cpu")
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    # Pinned, or each SFT step's copies to the GPU would be slow.
+    like = {"device": map_device, "pin_memory": offloaded}
     torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
     return Run(
         cfg=cfg,
@@ -1425,8 +1431,8 @@ def set_up(cfg: Config) -> Run:
         optimizers=optimizers,
         sampler=sampler,
         checker=checker,
-        importance=[torch.zeros_like(shard, device=map_device) for shard in shards],
-        anchor=[torch.zeros_like(shard, device=map_device) for shard in shards],
+        importance=[torch.zeros_like(shard, **like) for shard in shards],
+        anchor=[torch.zeros_like(shard, **like) for shard in shards],
     )
 
 

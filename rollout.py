@@ -380,7 +380,7 @@ class TorchSampler:
         """
         results: list[list[Sample]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
-        size = max(1, self.max_num_seqs // n)
+        size = max(1, self._rows() // n)
         for start in range(0, len(by_length), size):
             indices = by_length[start : start + size]
             part = [prompts[i] for i in indices]
@@ -389,6 +389,15 @@ class TorchSampler:
             for i, samples in zip(indices, groups):
                 results[i] = samples
         return results
+
+    def _rows(self) -> int:
+        """How many responses are written at once: on a GPU, as many as its free memory holds."""
+        if not self.device.startswith("cuda"):
+            return self.max_num_seqs
+        torch.cuda.empty_cache()
+        free = 0.8 * torch.cuda.mem_get_info()[0]  # the rest is for activations and logits
+        row = cache_bytes(self.model.config, self.max_len, self.model.dtype)
+        return max(1, min(self.max_num_seqs, int(free / row)))
 
     @torch.inference_mode()
     def _decode(self, prompts, n, seeds, max_tokens, temperature, top_p) -> list[list[Sample]]:
@@ -486,6 +495,15 @@ def _transpose_weights(model) -> None:
         head = module is model.get_output_embeddings()
         if isinstance(module, torch.nn.Linear) and not head:
             module.weight.data = module.weight.data.T.contiguous().T
+
+
+def cache_bytes(config, length: int, dtype: torch.dtype) -> int:
+    """Of the rooms below, the most that a response takes whose prompt and tokens are `length`."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    positions = length + length // 2 + 32  # as _RoomyLayer makes them
+    return 2 * config.num_hidden_layers * kv_heads * head_size * positions * dtype.itemsize
 
 
 def _make_cache(config) -> transformers.DynamicCache:

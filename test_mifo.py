@@ -4892,6 +4892,25 @@ def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
 
 
 @case(worlds=(1,))
+def memory_returned(folder):
+    """When cached memory is given back to the GPU, and when each optimizer steps."""
+    run, calls = open_run(folder / "returned"), []
+    for which, optimizer in run.optimizers.items():
+        optimizer.register_step_pre_hook(lambda *step, which=which: calls.append(which))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "empty_cache", lambda: calls.append("returned"))
+        for which in ("rl", "sft", "rl", "sft"):
+            for p in run.policy.parameters():
+                p.grad = torch.ones_like(p)
+            mifo.optimizer_step(run, which, 1.0, 0.0)
+    return calls
+
+
+def test_memory_is_returned_before_an_optimizers_first_step(memory_returned):
+    assert memory_returned[1] == [["returned", "rl", "returned", "sft", "rl", "sft"]]
+
+
+@case(worlds=(1,))
 def shares_of_updates(folder):
     """(tokens, advantage) of the responses of each of an RL step's two updates."""
     run = open_run(folder / "shares", questions=4, samples=2, updates=2)

@@ -1,6 +1,6 @@
 """Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data,
 and skipped where absent. GPUs are not used, but by one test that takes the GPU whose number
-MIFO_TEST_GPU says: `MIFO_TEST_GPU=0 pytest -k gpu`. The sections, in order:
+MIFO_TEST_GPU says: `MIFO_TEST_GPU=0 pytest -k on_a_gpu`. The sections, in order:
 
 losses.py, freeze.py   The equations; PEAR; Log-probabilities in tiles; Freezing
 data.py                Batches; The embedded task; Data
@@ -8,7 +8,7 @@ rollout.py             Which sampler; The sampler's choice of a token
 eval.py                Checking answers; Scores; Benchmarks and the command line
 benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
 mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Samplers;
-                       Real questions; Faults; Settings; Schedules and presets
+                       Real questions; Faults; Settings; Schedules and presets; A GPU
 README.md              The README's snippets
 """
 
@@ -3242,6 +3242,7 @@ def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
 import compare  # noqa: E402
 import countdown  # noqa: E402
+import gpu  # noqa: E402
 import plan  # noqa: E402
 
 # fmt: off
@@ -3586,8 +3587,8 @@ def test_memory_plan_of_1_5b_by_hand(monkeypatch):
     }
     for what, size in expected.items():
         assert sizes[what] * 2**30 == pytest.approx(size, rel=1e-9), what
-    # (39.5 - 2) GiB - 3,087,428,608 B at 28,672 B a token
-    assert "28 layers x 256 x 1,296,661 tokens, 140.7 responses" in said["KV cache"]
+    # (39.5 - 3.5) GiB - 3,087,428,608 B at 28,672 B a token
+    assert "28 layers x 256 x 1,240,488 tokens, 134.6 responses" in said["KV cache"]
     assert sizes["TRAINING"] == pytest.approx(19.45, abs=0.01)
     assert sizes["SAMPLING"] == pytest.approx(8.03 + 39.5, abs=0.01)
 
@@ -3604,8 +3605,8 @@ def test_memory_plan_of_7b_by_hand(monkeypatch):
     }
     for what, size in expected.items():
         assert sizes[what] * 2**30 == pytest.approx(size, rel=1e-9), what
-    # (39.5 - 2) GiB - 15,231,233,024 B at 57,344 B a token
-    assert "28 layers x 512 x 436,559 tokens, 47.4 responses" in said["KV cache"]
+    # (39.5 - 3.5) GiB - 15,231,233,024 B at 57,344 B a token
+    assert "28 layers x 512 x 408,472 tokens, 44.3 responses" in said["KV cache"]
     assert sizes["held always"] == pytest.approx(27.82, abs=0.01)  # 28 B a parameter / 8, and 3 GiB
     assert sizes["TRAINING"] == pytest.approx(60.30, abs=0.01)
     assert sizes["SAMPLING"] == pytest.approx(67.32, abs=0.01)
@@ -6220,6 +6221,43 @@ def test_an_sft_stage_warms_up_and_then_follows_a_cosine_down_to_a_tenth(learnin
         turn = math.pi * (done - 0.1) / 0.9
         expected = done / 0.1 if done < 0.1 else 0.1 + 0.9 * (1 + math.cos(turn)) / 2
         assert rate == pytest.approx(1e-3 * expected), i
+
+
+# --------------------------------------------------------------------------------------------------
+# A GPU
+
+
+def test_the_gpu_benchmark_says_which_part_failed_and_why(tmp_path):
+    (tmp_path / "machine.json").write_text('[["GPU", "H100", ""]]')
+    gpu.start(tmp_path, "evaluate")  # in a folder without a run
+    reason = "exit code 1: RuntimeError: there is no checkpoint: it needs the part run"
+    _, _, machine, failed, _ = gpu.table(tmp_path).splitlines()
+    assert machine == "| machine | GPU | H100 |  |"
+    assert failed == f"| evaluate | FAILED | {reason} | see evaluate.log |"
+
+
+def test_a_run_on_a_gpu(tmp_path):
+    """Both phases, the engine beside the trainer, a resumed run, and the type of evaluations."""
+    number = os.environ.get("MIFO_TEST_GPU")
+    if number is None:
+        pytest.skip("MIFO_TEST_GPU does not name a GPU")
+    env = environment(tmp_path, CUDA_VISIBLE_DEVICES=number)
+    flags = ["--buffer-size=8", "--evaluate=", "--eval-every=0", f"--out={tmp_path / 'run'}"]
+    for more in (["--steps=6"], ["--steps=8", "--resume"]):
+        command = [sys.executable, ROOT / "mifo.py", *flags, *more]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert {line["phase"] for line in lines} == {"rl", "sft"}
+    gaps = [line["engine/mean_difference"] for line in lines if "engine/mean_difference" in line]
+    assert gaps and max(gaps) < 0.05
+    model = checkpoints_of(tmp_path / "run")[-1] / "model"
+    assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+    command = [sys.executable, ROOT / "eval.py", model, "--bench=chain", "--max-tokens=80"]
+    command += [f"--out={tmp_path / 'evaluation'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and ", bfloat16, because" in done.stderr, done.stderr[-3000:]
 
 
 # --------------------------------------------------------------------------------------------------

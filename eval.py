@@ -960,12 +960,12 @@ def check_evaluation(args) -> Evaluation:
             f"--max-tokens {args.max_tokens}: with the longest prompt that is {max_len} tokens, "
             f"but the model's context is {context}; at most {context - longest} fit"
         )
-    settings = evaluation_settings(args, benches, ks)
-    folder = args.out or Path("evaluations") / Path(settings["model"]).name
-    check_folder(folder, settings)
-    dtype = config.dtype or torch.float32
+    dtype = torch.bfloat16 if torch.cuda.is_available() else config.dtype or torch.float32
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
+    settings = evaluation_settings(args, benches, ks, dtype)
+    folder = args.out or Path("evaluations") / Path(settings["model"]).name
+    check_folder(folder, settings)
     return Evaluation(
         args=args,
         tokenizer=tokenizer,
@@ -978,7 +978,7 @@ def check_evaluation(args) -> Evaluation:
     )
 
 
-def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int]) -> dict:
+def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtype) -> dict:
     """All on which the responses depend, as settings.json holds it."""
     folder = Path(args.model)
     weights = []
@@ -991,7 +991,8 @@ def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int]) -> d
         "questions": hashlib.sha256(repr(prompts).encode()).hexdigest(),
     }
     flags = {key: value for key, value in vars(args).items() if key not in ("model", "out")}
-    return settings | flags | {"k": list(ks.values())}
+    own = {"k": list(ks.values()), "dtype": str(dtype).removeprefix("torch.")}
+    return settings | flags | own
 
 
 def check_folder(folder: Path, settings: dict) -> None:
@@ -1029,7 +1030,8 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
         gpu_memory_utilization=0.85,
     )
     if rank == 0:
-        print(f"sampler: {sampler.name}, because {sampler.why}", file=sys.stderr)
+        dtype = evaluation.settings["dtype"]
+        print(f"sampler: {sampler.name}, {dtype}, because {sampler.why}", file=sys.stderr)
     detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
     checker = Checker(checker_workers(world), args.limit, args.extract, args.require_think)
     with checker, open_responses(evaluation.folder, rank) as file:
@@ -1179,7 +1181,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add("--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'")
     add("--sampler", choices=("auto", "vllm", "torch"), default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's")
+    meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"
+    add("--dtype", choices=dtypes, default="auto", help=meaning)
     add("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
     add_checker_flags(parser)
     return parser
@@ -1213,16 +1216,27 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["where an answer of each kind stands in a response:", *kinds])
 
 
-def fail(program: str, problem: object, code: int, own: bool = False) -> int:
-    """Says in one line what is wrong, and returns the exit code.
+def fail(program: str, error: Exception, refusal: type, code: int, place: str = "") -> int:
+    """Says in a line what is wrong, and returns the exit code: `code` for a refusal, else 1.
 
-    Rank 0 says it, for all ranks have the same problem, or with own the rank whose own it is.
+    A refusal is an error of that type raised by these files: all ranks have it, and rank 0 says it.
+    Any other may be a rank's own: each says it with its number and, if it is not the system's, with
+    a traceback.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
     """
-    message = f"{program}: {problem}"
-    if own or os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    here = Path(__file__).resolve().parent
+    refused = isinstance(error, refusal) and Path(raised_in).resolve().parent == here
+    message = f"{program}: {error}"
+    if not refused:
+        code = 1
+        message = f"{program}: rank {rank}{place}: {type(error).__name__}: {error}"
+        if not isinstance(error, OSError):
+            traceback.print_exception(error)
+    if not refused or rank == "0":
         print(message, file=sys.stderr, flush=True)
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error = {"message": message, "extraInfo": {"timestamp": int(time.time())}}
@@ -1242,11 +1256,8 @@ def main() -> int:
             raise ValueError(f"--limit must be above 0 seconds, not {args.limit}")
         command_grade(args) if grade else command_evaluate(args)
         return 0
-    except ValueError as problem:  # of the user's making
-        return fail("eval.py", problem, 2)
-    except Exception as problem:
-        traceback.print_exc()
-        return fail("eval.py", f"{type(problem).__name__}: {problem}", 1)
+    except Exception as error:
+        return fail("eval.py", error, ValueError, 2)
 
 
 if __name__ == "__main__":

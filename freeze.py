@@ -91,6 +91,7 @@ def topk_threshold(tensors: list[Tensor], fraction: float, group=None) -> float:
             bits = t.abs().flatten().view(torch.int32)
             counts += torch.bincount(bin_of(bits), minlength=bins).cpu()
         if group is not None:
+            # A group of both backends, "cpu:gloo,cuda:nccl", takes the CPU's.
             device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
             counts = counts.to(device)
             dist.all_reduce(counts, group=group)

@@ -395,6 +395,8 @@ def _tiles(hidden, head_weight, targets, temperature: float, chunk: int, copies:
         if hidden.dtype == dtype:
             zero = hidden.new_zeros(())
             torch.addmm(zero, hidden, weight.T, beta=0, alpha=1 / temperature, out=tiles[0])
+        elif hidden.is_cuda:  # not rounded to bfloat16 first; CPUs have no such product
+            torch.mm(hidden, weight.T, out_dtype=dtype, out=tiles[0]).div_(temperature)
         else:
             tiles[0].copy_(hidden @ weight.T).div_(temperature)
         column = targets[:, None] - start  # [N, 1]

@@ -40,7 +40,6 @@ import signal
 import textwrap
 import time
 import tomllib
-import traceback
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -374,6 +373,8 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     run.log[f"{which}/grad_norm"] = norm.item()
     if math.isfinite(loss) and math.isfinite(norm.item()):
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        if not run.optimizers[which].state:  # its moments are to lie in memory of their own
+            torch.cuda.empty_cache()
         run.optimizers[which].step()
         run.state.skips_in_a_row = 0
     else:
@@ -389,7 +390,7 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
 def frozen_masks(run: Run) -> Iterator[Tensor]:
     """What is frozen now, one tensor's bool mask at a time: all would be a byte an entry."""
     for c in run.importance:
-        yield (c > run.state.threshold).to(run.device, non_blocking=True)
+        yield c.to(run.device, non_blocking=True) > run.state.threshold
 
 
 def set_anchor(run: Run) -> None:
@@ -497,7 +498,8 @@ class Config(Settings):
         SCALE, 0.0, "the run stops if engine and trainer log-probabilities differ by more in the mean; "
         "0: 0.001 in float32, 0.15 in bfloat16", "[0, inf)", may_change=True)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        SCALE, "auto", "of compute; auto: bfloat16 on GPUs. Weights stay float32")
+        SCALE, "auto", "of compute; auto: bfloat16 on GPUs, whose float32 attention takes memory "
+        "with the square of the length. Weights stay float32")
     micro_tokens: int = option(SCALE, 32768, "padded tokens in a micro-batch, per rank", "[1, inf)", may_change=True)
     replicas: int = option(
         SCALE, 1, "copies of the sharded model (HSDP); 1: sharded over all ranks", "[1, inf)", may_change=True)
@@ -1193,6 +1195,9 @@ def save_checkpoint(run: Run) -> None:
         with together(run):
             if run.rank == 0:
                 run.policy.model.save_pretrained(part / "model", state_dict=whole)
+                model_config = run.policy.model.config
+                model_config.dtype = run.dtype  # that says float32, as the weights in training are
+                model_config.save_pretrained(part / "model")
                 run.tokenizer.save_pretrained(part / "model")
                 state = {"state": asdict(run.state), "config": asdict(cfg)}
                 state["data"] = getattr(run.questions, "fingerprint", "")
@@ -1399,10 +1404,13 @@ def set_up(cfg: Config) -> Run:
         say(f"sampler: {sampler.name}, because {sampler.why}")
     map_mesh = shards_of(cfg, mesh)
     map_device = device
-    if cfg.offload_importance and cuda:
+    offloaded = cfg.offload_importance and cuda
+    if offloaded:
         map_mesh = shards_of(cfg, make_mesh(cfg, "cpu", world))
         map_device = torch.device("cpu")
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
+    # Pinned, or each SFT step's copies to the GPU would be slow.
+    like = {"device": map_device, "pin_memory": offloaded}
     torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
     return Run(
         cfg=cfg,
@@ -1423,8 +1431,8 @@ def set_up(cfg: Config) -> Run:
         optimizers=optimizers,
         sampler=sampler,
         checker=checker,
-        importance=[torch.zeros_like(shard, device=map_device) for shard in shards],
-        anchor=[torch.zeros_like(shard, device=map_device) for shard in shards],
+        importance=[torch.zeros_like(shard, **like) for shard in shards],
+        anchor=[torch.zeros_like(shard, **like) for shard in shards],
     )
 
 
@@ -1856,28 +1864,22 @@ def main() -> int:
         if found:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
-    except ValueError as error:
-        return evaluation.fail("mifo.py: error", error, 2)
+    except Exception as error:  # out of memory, too: a rank that lingers keeps the others waiting
+        return evaluation.fail("mifo.py: error", error, ValueError, 2)
     try:
         stop = run_to_end(run, found)
-    except Stopped as error:
-        return evaluation.fail("mifo.py: error", error, 1)
-    except OSError as error:  # of a rank's own
-        problem = f"rank {run.rank}, step {run.state.step}: {error}"
-        return evaluation.fail("mifo.py: error", problem, 1, own=True)
+        last = checkpoints(cfg.out)[-1]
+        if stop:
+            name = signal.Signals(stop).name
+            say(f"stopped by {name} after step {run.state.step}; --resume goes on from {last}")
+            return 128 + stop
+        say("", summary(run), "", f"model: {last / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
+        run.checker.close()
+        barrier(run)
+        return 0
     except Exception as error:
-        traceback.print_exc()
-        problem = f"rank {run.rank}, step {run.state.step}: {type(error).__name__}: {error}"
-        return evaluation.fail("mifo.py: error", problem, 1)
-    last = checkpoints(cfg.out)[-1]
-    if stop:
-        name = signal.Signals(stop).name
-        say(f"stopped by {name} after step {run.state.step}; --resume goes on from {last}")
-        return 128 + stop
-    say("", summary(run), "", f"model: {last / 'model'}   plot: {Path(cfg.out, 'plot.png')}")
-    run.checker.close()
-    barrier(run)
-    return 0
+        step = f", step {run.state.step}"
+        return evaluation.fail("mifo.py: error", error, Stopped, 1, step)
 
 
 def run_to_end(run: Run, resumed: bool) -> int:

@@ -26,6 +26,10 @@ import data  # noqa: F401  before transformers and vllm: it hides packages that 
 import transformers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+# vLLM's import switches cuDNN's attention off for the whole process. Off without vLLM as well, so
+# that trainer and sampler use one kernel wherever they run, and no plan is built for each shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass
 class Sample:
@@ -167,6 +171,7 @@ class VLLMSampler:
         self.cuda = torch.cuda.is_available()
         self.asleep = False
         if self.cuda:
+            config_edits = config_edits | {"head_dtype": "float32"}  # logits as the trainer's
             settings = {"gpu_memory_utilization": gpu_memory_utilization}
         else:
             # On a CPU a seeded request whose prefill is split over two engine steps crashes
@@ -255,7 +260,8 @@ class VLLMSampler:
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept prefixes that the weights before these have written")
 
 
 def _sample_of(completion) -> Sample:
@@ -269,11 +275,12 @@ def _global_rng_untouched():
     """vLLM reseeds the global generators when it starts and draws from them when it samples."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda:
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
 
 
@@ -373,7 +380,7 @@ class TorchSampler:
         """
         results: list[list[Sample]] = [[] for _ in prompts]
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # least padding
-        size = max(1, self.max_num_seqs // n)
+        size = max(1, self._rows() // n)
         for start in range(0, len(by_length), size):
             indices = by_length[start : start + size]
             part = [prompts[i] for i in indices]
@@ -382,6 +389,15 @@ class TorchSampler:
             for i, samples in zip(indices, groups):
                 results[i] = samples
         return results
+
+    def _rows(self) -> int:
+        """How many responses are written at once: on a GPU, as many as its free memory holds."""
+        if not self.device.startswith("cuda"):
+            return self.max_num_seqs
+        torch.cuda.empty_cache()
+        free = 0.8 * torch.cuda.mem_get_info()[0]  # the rest is for activations and logits
+        row = cache_bytes(self.model.config, self.max_len, self.model.dtype)
+        return max(1, min(self.max_num_seqs, int(free / row)))
 
     @torch.inference_mode()
     def _decode(self, prompts, n, seeds, max_tokens, temperature, top_p) -> list[list[Sample]]:
@@ -479,6 +495,15 @@ def _transpose_weights(model) -> None:
         head = module is model.get_output_embeddings()
         if isinstance(module, torch.nn.Linear) and not head:
             module.weight.data = module.weight.data.T.contiguous().T
+
+
+def cache_bytes(config, length: int, dtype: torch.dtype) -> int:
+    """Of the rooms below, the most that a response takes whose prompt and tokens are `length`."""
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    positions = length + length // 2 + 32  # as _RoomyLayer makes them
+    return 2 * config.num_hidden_layers * kv_heads * head_size * positions * dtype.itemsize
 
 
 def _make_cache(config) -> transformers.DynamicCache:

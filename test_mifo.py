@@ -1,5 +1,6 @@
 """Every test. `pytest` runs them all; real GSM8K and MATH-500 are looked for in ../shared/data,
-and skipped where absent. The sections, in order:
+and skipped where absent. GPUs are not used, but by one test that takes the GPU whose number
+MIFO_TEST_GPU says: `MIFO_TEST_GPU=0 pytest -k on_a_gpu`. The sections, in order:
 
 losses.py, freeze.py   The equations; PEAR; Log-probabilities in tiles; Freezing
 data.py                Batches; The embedded task; Data
@@ -7,7 +8,7 @@ rollout.py             Which sampler; The sampler's choice of a token
 eval.py                Checking answers; Scores; Benchmarks and the command line
 benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
 mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Samplers;
-                       Real questions; Faults; Settings; Schedules and presets
+                       Real questions; Faults; Settings; Schedules and presets; A GPU
 README.md              The README's snippets
 """
 
@@ -47,6 +48,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch, whose numbers on a GPU are not to the bit
 
 import data  # noqa: E402  before transformers: it hides packages that break its import
 from safetensors import safe_open  # noqa: E402
@@ -1178,6 +1180,36 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+class ProductTypes(TorchDispatchMode):
+    """Records the type of what each product of two matrices is kept in."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.found.append(out.dtype)
+        return out
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("place", [OnCuda, torch.Tensor])
+def test_logits_of_bfloat16_are_kept_in_float32_on_a_gpu(place):
+    """By shapes and types alone, which need no GPU."""
+    hidden = torch.empty(6, 8, dtype=torch.bfloat16, device="meta").as_subclass(place)
+    weight = torch.empty(20, 8, dtype=torch.bfloat16, device="meta").as_subclass(place)
+    targets = torch.empty(6, dtype=torch.int64, device="meta")
+    with ProductTypes() as products:
+        for _, _, _, logits in losses._tiles(hidden, weight, targets, 0.7, 8):
+            assert logits.dtype == torch.float32
+    assert products.found == 3 * [torch.float32 if place is OnCuda else torch.bfloat16]
+
+
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_token_logprobs_holds_two_tiles_of_logits_and_saves_none(top_k):
     n, d, v, chunk = 512, 4, 300, 16
@@ -1725,6 +1757,10 @@ def test_embedded_questions_and_what_training_and_evaluation_share():
 
 # --------------------------------------------------------------------------------------------------
 # Which sampler
+
+
+def test_sampler_and_trainer_have_one_attention_kernel_with_vllm_or_without():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.fixture
@@ -3523,6 +3559,26 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     assert "model there is another" in refuse(*there)
 
 
+def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, monkeypatch):
+    trained = tmp_path / "trained"
+    shutil.copytree(eval_model, trained)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+    def types_of(model, *more) -> list:
+        flags = f"{model} --bench chain --max-tokens 8 --out {tmp_path / 'out'}".split()
+        args = evaluation.evaluate_parser().parse_args([*flags, *more])
+        found = evaluation.check_evaluation(args)
+        return [found.dtype, found.settings["dtype"]]
+
+    assert types_of(trained) == [torch.bfloat16, "bfloat16"]  # a run by --dtype bfloat16
+    assert types_of(eval_model) == [torch.float32, "float32"]
+    assert types_of(trained, "--dtype", "float32") == [torch.float32, "float32"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert types_of(eval_model) == [torch.bfloat16, "bfloat16"]
+    assert types_of(eval_model, "--dtype", "float32") == [torch.float32, "float32"]
+
+
 def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
     result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "chain")
     *_, message, border = result.stderr.rstrip().splitlines()
@@ -3541,8 +3597,8 @@ def test_a_crash_shows_its_traceback_and_what_torchrun_will_say(tmp_path, monkey
         assert evaluation.main() == 1
         lines = capsys.readouterr().err.splitlines()
         assert "KeyError: 'lost'" in lines  # the traceback's last line
-        assert ("eval.py: KeyError: 'lost'" in lines) == (rank == "0")
-        assert json.loads(path.read_text())["message"]["message"] == "eval.py: KeyError: 'lost'"
+        message = f"eval.py: rank {rank}: KeyError: 'lost'"  # each rank says its own
+        assert lines[-1] == json.loads(path.read_text())["message"]["message"] == message
 
 
 def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
@@ -3563,6 +3619,7 @@ def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
 import compare  # noqa: E402
 import countdown  # noqa: E402
+import gpu  # noqa: E402
 import plan  # noqa: E402
 
 # fmt: off
@@ -3907,8 +3964,8 @@ def test_memory_plan_of_1_5b_by_hand(monkeypatch):
     }
     for what, size in expected.items():
         assert sizes[what] * 2**30 == pytest.approx(size, rel=1e-9), what
-    # (39.5 - 2) GiB - 3,087,428,608 B at 28,672 B a token
-    assert "28 layers x 256 x 1,296,661 tokens, 140.7 responses" in said["KV cache"]
+    # (39.5 - 3.5) GiB - 3,087,428,608 B at 28,672 B a token
+    assert "28 layers x 256 x 1,240,488 tokens, 134.6 responses" in said["KV cache"]
     assert sizes["TRAINING"] == pytest.approx(19.45, abs=0.01)
     assert sizes["SAMPLING"] == pytest.approx(8.03 + 39.5, abs=0.01)
 
@@ -3925,8 +3982,8 @@ def test_memory_plan_of_7b_by_hand(monkeypatch):
     }
     for what, size in expected.items():
         assert sizes[what] * 2**30 == pytest.approx(size, rel=1e-9), what
-    # (39.5 - 2) GiB - 15,231,233,024 B at 57,344 B a token
-    assert "28 layers x 512 x 436,559 tokens, 47.4 responses" in said["KV cache"]
+    # (39.5 - 3.5) GiB - 15,231,233,024 B at 57,344 B a token
+    assert "28 layers x 512 x 408,472 tokens, 44.3 responses" in said["KV cache"]
     assert sizes["held always"] == pytest.approx(27.82, abs=0.01)  # 28 B a parameter / 8, and 3 GiB
     assert sizes["TRAINING"] == pytest.approx(60.30, abs=0.01)
     assert sizes["SAMPLING"] == pytest.approx(67.32, abs=0.01)
@@ -5213,6 +5270,25 @@ def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
 
 
 @case(worlds=(1,))
+def memory_returned(folder):
+    """When cached memory is given back to the GPU, and when each optimizer steps."""
+    run, calls = open_run(folder / "returned"), []
+    for which, optimizer in run.optimizers.items():
+        optimizer.register_step_pre_hook(lambda *step, which=which: calls.append(which))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "empty_cache", lambda: calls.append("returned"))
+        for which in ("rl", "sft", "rl", "sft"):
+            for p in run.policy.parameters():
+                p.grad = torch.ones_like(p)
+            mifo.optimizer_step(run, which, 1.0, 0.0)
+    return calls
+
+
+def test_memory_is_returned_before_an_optimizers_first_step(memory_returned):
+    assert memory_returned[1] == [["returned", "rl", "returned", "sft", "rl", "sft"]]
+
+
+@case(worlds=(1,))
 def shares_of_updates(folder):
     """(tokens, advantage) of the responses of each of an RL step's two updates."""
     run = open_run(folder / "shares", questions=4, samples=2, updates=2)
@@ -5585,6 +5661,24 @@ def test_torch_sampler_drops_rows_without_changing_any(tmp_path):
         assert len(lengths) > 5 and min(lengths) < 8
 
 
+@case()
+def bfloat16_checkpoint(folder):
+    run = open_run(folder / "bfloat16", dtype="bfloat16")
+    mifo.save_checkpoint(run)
+    return checkpoints_of(folder / "bfloat16")[-1] / "model"
+
+
+def test_a_checkpoint_names_the_type_of_its_weights_and_nothing_else_is_new(
+    bfloat16_checkpoint, base
+):
+    for [folder, *_] in bfloat16_checkpoint.values():
+        before, after = (json.loads((f / "config.json").read_text()) for f in (base, folder))
+        assert before.pop("dtype") == "float32" and after.pop("dtype") == "bfloat16"
+        assert before == after
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
 @case(worlds=(1,))
 def weights_never_arrive(folder):
     with pytest.MonkeyPatch.context() as patch:
@@ -5598,6 +5692,36 @@ def test_probe_stops_a_run_whose_weights_do_not_arrive(weights_never_arrive):
     [message] = weights_never_arrive[1]
     for part in ("--probe-bound", "0.05", "does not hold the trainer's weights", "torch"):
         assert part in message
+
+
+def test_torch_sampler_writes_as_many_rows_at_once_as_a_gpu_has_room_for(tmp_path, monkeypatch):
+    base, length, caches = tiny_model(tmp_path / "model", 3), 60, []
+    make = rollout._make_cache
+    monkeypatch.setattr(rollout, "_make_cache", lambda c: caches.append(make(c)) or caches[-1])
+    settings = dict(max_len=length, dtype=torch.float32, eos_ids=[99], max_num_seqs=7)
+    sampler = rollout.make_sampler("torch", base, **settings)
+    sizes = []
+    for prompt in (1, 20, 41, 59):
+        sampler.sample([[2] * prompt], 1, [0], length - prompt, 1.0)
+        rooms = [room for layer in caches[-1].layers for room in layer.rooms]
+        sizes.append(sum(room.nbytes for room in rooms))
+    row = rollout.cache_bytes(sampler.model.config, length, torch.float32)
+    assert 0.8 * row < max(sizes) <= row
+    assert 2 * rollout.cache_bytes(sampler.model.config, length, torch.bfloat16) == row
+    sampler.device = "cuda:0"
+    for rows_free, written in ((0, 1), (2.4, 1), (2.6, 2), (100, 7)):
+        free = int(rows_free * row), 0
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: free)
+        assert sampler._rows() == written
+
+
+def test_the_global_generators_are_put_back_even_if_the_engine_fails():
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with pytest.raises(MemoryError), rollout._global_rng_untouched():
+        random.random(), np.random.rand(), torch.rand(1)
+        raise MemoryError
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert after == before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6065,6 +6189,50 @@ def test_a_broken_run_ends_whole_and_soon(endless_run, how, monkeypatch):
         assert "SIGKILL" in stderr or "-9" in stderr, stderr[-2000:]
 
 
+# What ends a run in set-up and in training: (what, exit code, who says so, its line, a traceback?)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+NO_SPACE = OSError(28, "No space left on device")
+ENDS = [
+    ("set_up", lambda: mifo.read_model(mifo.Config(), "--model", "/none"), 2, "first",
+     "--model /none: there is no such folder", False),
+    ("set_up", lambda: json.loads("{"), 1, "each", "rank {}: JSONDecodeError: Expecting", True),
+    ("set_up", OUT_OF_MEMORY, 1, "each", "rank {}: OutOfMemoryError: CUDA out of memory. T", True),
+    ("set_up", NO_SPACE, 1, "each", "rank {}: OSError: [Errno 28] No space", False),
+    ("run_to_end", mifo.Stopped("the engine"), 1, "first", "the engine", False),
+    ("run_to_end", OUT_OF_MEMORY, 1, "each", "rank {}, step 3: OutOfMemoryError: CUDA out", True),
+    ("run_to_end", NO_SPACE, 1, "each", "rank {}, step 3: OSError: [Errno 28] No space", False),
+    ("run_to_end", ValueError("no such k"), 1, "each", "rank {}, step 3: ValueError: no such", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+@pytest.mark.parametrize("where, what, code, who, line, traced", ENDS)
+def test_whatever_ends_a_rank_is_said_and_main_returns(
+    where, what, code, who, line, traced, rank, monkeypatch, capsys, tmp_path
+):
+    """A rank that left by an exception would keep the others waiting while Python shuts down."""
+
+    def end(*given):
+        if isinstance(what, Exception):
+            raise what
+        what()
+
+    run = types.SimpleNamespace(state=mifo.State(step=3))
+    monkeypatch.setattr(mifo, "set_up", lambda cfg: run)
+    monkeypatch.setattr(mifo, where, end)
+    monkeypatch.setattr(mifo.signal, "signal", lambda number, handler: None)  # this process's own
+    monkeypatch.setattr(sys, "argv", ["mifo.py", f"--out={tmp_path}", "--questions=4"])
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert mifo.main() == code
+    said = capsys.readouterr().err
+    if who == "first" and rank != "0":
+        assert said == ""
+    else:
+        assert said.splitlines()[-1].startswith("mifo.py: error: " + line.format(rank))
+        assert ("Traceback" in said) == traced
+
+
 def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     cfg = mifo.Config(out=str(tmp_path / "run"))
@@ -6430,6 +6598,43 @@ def test_an_sft_stage_warms_up_and_then_follows_a_cosine_down_to_a_tenth(learnin
         turn = math.pi * (done - 0.1) / 0.9
         expected = done / 0.1 if done < 0.1 else 0.1 + 0.9 * (1 + math.cos(turn)) / 2
         assert rate == pytest.approx(1e-3 * expected), i
+
+
+# --------------------------------------------------------------------------------------------------
+# A GPU
+
+
+def test_the_gpu_benchmark_says_which_part_failed_and_why(tmp_path):
+    (tmp_path / "machine.json").write_text('[["GPU", "H100", ""]]')
+    gpu.start(tmp_path, "evaluate")  # in a folder without a run
+    reason = "exit code 1: RuntimeError: there is no checkpoint: it needs the part run"
+    _, _, machine, failed, _ = gpu.table(tmp_path).splitlines()
+    assert machine == "| machine | GPU | H100 |  |"
+    assert failed == f"| evaluate | FAILED | {reason} | see evaluate.log |"
+
+
+def test_a_run_on_a_gpu(tmp_path):
+    """Both phases, the engine beside the trainer, a resumed run, and the type of evaluations."""
+    number = os.environ.get("MIFO_TEST_GPU")
+    if number is None:
+        pytest.skip("MIFO_TEST_GPU does not name a GPU")
+    env = environment(tmp_path, CUDA_VISIBLE_DEVICES=number)
+    flags = ["--buffer-size=8", "--evaluate=", "--eval-every=0", f"--out={tmp_path / 'run'}"]
+    for more in (["--steps=6"], ["--steps=8", "--resume"]):
+        command = [sys.executable, ROOT / "mifo.py", *flags, *more]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    lines = json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert {line["phase"] for line in lines} == {"rl", "sft"}
+    gaps = [line["engine/mean_difference"] for line in lines if "engine/mean_difference" in line]
+    assert gaps and max(gaps) < 0.05
+    model = checkpoints_of(tmp_path / "run")[-1] / "model"
+    assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+    command = [sys.executable, ROOT / "eval.py", model, "--bench=chain", "--max-tokens=80"]
+    command += [f"--out={tmp_path / 'evaluation'}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and ", bfloat16, because" in done.stderr, done.stderr[-3000:]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ MUTANTS = {
             ("return found if top_k > 0 else found[:2]", "return found"),
             ("            if top_k > 0:\n", "            if True:\n"),
             ("alpha=1 / temperature", "alpha=temperature"),
-            (".div_(temperature)", ""),
+            ("(hidden @ weight.T).div_(temperature)", "(hidden @ weight.T)"),
             ("logits.gather(1, column) * inside", "logits.gather(1, column)"),
             ("decay = (peak - higher).exp_()", "decay = (higher - peak).exp_()"),
             ("total = total * decay +", "total = total +"),
@@ -173,6 +173,7 @@ MUTANTS = {
             ("(column >= 0) & (column < width)", "(column > 0) & (column < width)"),
             ("(column >= 0) & (column < width)", "(column >= 0) & (column <= width)"),
         ]),
+        ("kept_in_float32", [("out_dtype=dtype, out=tiles[0])", "out=hidden.new_empty(n, width))")]),
     ],
     "freeze.py": [
         ("update_importance", [
@@ -292,8 +293,8 @@ MUTANTS = {
             ("        run.optimizers[which].step()", "        pass"),
             ("    run.optimizers[which].zero_grad()", "    pass"),
             ('strict = run.cfg.freeze == "strict"', 'strict = run.cfg.freeze != "strict"'),
-            ("yield (c > run.state.threshold)", "yield (c >= run.state.threshold)"),
-            ("yield (c > run.state.threshold)", "yield (c < run.state.threshold)"),
+            ("non_blocking=True) > run.state.threshold", "non_blocking=True) >= run.state.threshold"),
+            ("non_blocking=True) > run.state.threshold", "non_blocking=True) < run.state.threshold"),
             ('if run.cfg.schedule != "interleave":  #', "if True:  #"),
             ('return cfg.schedule == "interleave" and cfg.freeze != "off"',
              'return cfg.schedule == "interleave" and cfg.freeze == "strict"'),
@@ -327,6 +328,11 @@ MUTANTS = {
              'optimizer_step(run, "rl", cfg.sft_clip, loss)'),
             ('optimizer_step(run, "sft", cfg.sft_clip,', 'optimizer_step(run, "sft", cfg.rl_clip,'),
             ("        run.behavior = None", "        pass"),
+        ]),
+        ("names_the_type or memory_is_returned", [
+            ("model_config.dtype = run.dtype", "pass"),
+            ("            torch.cuda.empty_cache()", "            pass"),
+            ("if not run.optimizers[which].state:", "if True:"),
         ]),
         ("not_finite or skipped or drifts or where_no_update_would_see_it or do_not_arrive", [
             ("    push_weights(run)\n    indices", "    indices"),
@@ -384,6 +390,13 @@ MUTANTS = {
             ("right=True", "right=False"),
             ("tokens.clamp(max=logits.shape[1] - 1)", "tokens"),
         ]),
+        ("one_attention_kernel or gpu_has_room or global_generators", [
+            ("torch.backends.cuda.enable_cudnn_sdp(False)", "pass"),
+            ("return max(1, min(self.max_num_seqs, ", "return max(0, min(self.max_num_seqs, "),
+            ("return max(1, min(self.max_num_seqs, ", "return max(1, max(self.max_num_seqs, "),
+            ("positions = length + length // 2 + 32", "positions = length"),
+            ("    finally:\n        random", "    except ZeroDivisionError:\n        random"),
+        ]),
     ],
     "eval.py": [
         ("pass_at_k", [
@@ -393,6 +406,14 @@ MUTANTS = {
             ("(n - c - i) / (n - i)", "(n - c) / (n - i)"),
             ("(n - c - i) / (n - i)", "(n - c - i) / n"),
             ("for i in range(k))", "for i in range(1, k))"),
+        ]),
+        ("type_of_training or ends_a_rank", [
+            ("torch.bfloat16 if torch.cuda.is_available() else config", "config"),
+            ('"dtype": str(dtype).removeprefix("torch.")', '"dtype": args.dtype'),
+            ("isinstance(error, refusal) and Path(raised_in)", "Path(raised_in)"),
+            ("Path(raised_in).resolve().parent == here", "True"),
+            ('if not refused or rank == "0":', 'if rank == "0":'),
+            ("if not isinstance(error, OSError):", "if isinstance(error, OSError):"),
         ]),
     ],
 }

@@ -30,7 +30,7 @@ import transformers
 GIB = 2**30
 GPU_GIB = 79.0  # what a card of "80 GB" has to give
 ALLOWANCE = 3 * GIB  # CUDA context, NCCL's buffers, CUDA graphs, which a sleeping engine keeps
-ENGINE_WORK = 2 * GIB  # vLLM's activations and logits, beside its weights and KV cache
+ENGINE_WORK = 3.5 * GIB  # vLLM's activations of 16,384 tokens, logits; beside weights and KV cache
 VOCABULARY_TILE = 1024  # entries of losses.token_logprobs' chunk
 
 # --------------------------------------------------------------------------------------------------

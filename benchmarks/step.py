@@ -22,7 +22,15 @@ sys.path.insert(0, str(ROOT))
 GROUP = 8  # samples of a question
 STEPS = 3  # in each process; the first is not timed
 LR = 1e-5
-SIZE = {"vocab_size": 16384, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+SIZE = {
+    "vocab_size": 16384,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
 ALONE = {
     "RANK": "0",
     "WORLD_SIZE": "1",
@@ -53,10 +61,7 @@ def make_model(folder: str, **config) -> None:
     tokenizer = data.embedded_tokenizer()
     torch.manual_seed(0)
     shape = transformers.Qwen2Config(
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=4096,
-        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

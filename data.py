@@ -55,6 +55,10 @@ class Question:
     kind: str = "math"  # how an answer is checked, see eval.py
     # Of the demonstration's tokens, under the model that wrote it.
     behavior_logprobs: list[float] | None = None
+    # For reward functions, where there are some: the row, and what it asks as chat messages, or as
+    # the whole prompt's text where no chat template is used.
+    row: dict | None = None
+    asked: list[dict] | str = ""
 
 
 def draw(length: int, seed: int, start: int, count: int) -> list[int]:
@@ -160,6 +164,16 @@ def chat_messages(value) -> list[dict]:
     return messages
 
 
+def prompt_messages(question: str | list[dict], system: str | None = None) -> list[dict]:
+    """The chat messages that the model sees; question and system as for render_prompt."""
+    messages = chat_messages(question)
+    if system is not None:
+        messages = [message for message in messages if message["role"] != "system"]
+    if system:
+        messages = [{"role": "system", "content": system}] + messages
+    return messages
+
+
 def prompt_text(
     tokenizer,
     question: str | list[dict],
@@ -172,11 +186,7 @@ def prompt_text(
         raise ValueError(f"--template must be auto, chat or plain, not {template}")
     if template == "chat" and not tokenizer.chat_template:
         raise ValueError("--template chat: this tokenizer has no chat template; use plain, or auto")
-    messages = chat_messages(question)
-    if system is not None:
-        messages = [message for message in messages if message["role"] != "system"]
-    if system:
-        messages = [{"role": "system", "content": system}] + messages
+    messages = prompt_messages(question, system)
     if template == "plain" or not tokenizer.chat_template:
         before = "".join(message["content"] + "\n\n" for message in messages[:-1])
         text = f"{before}Question: {messages[-1]['content']}\nAnswer:\n"
@@ -214,6 +224,19 @@ def render_prompt(
     """
     text = prompt_text(tokenizer, question, system, generation_prefix, template)
     return begin_of_text(tokenizer, template) + encode(tokenizer, [text])[0]
+
+
+def asked(
+    tokenizer,
+    question: str | list[dict],
+    system: str | None = None,
+    generation_prefix: str = "",
+    template: str = "auto",
+) -> list[dict] | str:
+    """The prompt as reward functions get it: chat messages, or text without a chat template."""
+    if template == "plain" or not tokenizer.chat_template:
+        return prompt_text(tokenizer, question, system, generation_prefix, template)
+    return prompt_messages(question, system)
 
 
 def response_text(tokenizer, solution: str, prompt: str, generation_prefix: str = "") -> str:
@@ -280,6 +303,11 @@ class Rows:
 
     def place(self, index: int) -> str:
         return f"{self.source}: {self.name(index)}"
+
+    def row(self, index: int) -> dict:
+        """One row, with None in the columns that it lacks and the first rows have."""
+        [(_, row)] = self.decode(self.table[index : index + 1], [index])
+        return {**dict.fromkeys(itertools.chain(*self.head)), **row}
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         start = 0
@@ -457,21 +485,26 @@ class Example:
 
 
 def row_reader(
-    rows: Rows, question_field: str = "", answer_field: str = "", solution_field: str = ""
+    rows: Rows,
+    question_field: str = "",
+    answer_field: str = "",
+    solution_field: str = "",
+    rewarded: bool = False,
 ) -> Callable[[int, dict], Example]:
     """The function (index, row) -> Example for the layout of these rows.
 
     Fields given by name come first; else the columns decide: `prompt` and `reward_model` (`target`
     optional) are chat messages as in OpenR1-Math-46k; `problem` or `question`, and `answer`
     (`solution` optional), are MATH and its like. read_chat and read_fields say what else is read.
-    Raises ValueError with the columns found.
+    rewarded: reward functions judge, so that a row needs no answer; `prompt` alone is chat messages
+    or text. Raises ValueError with the columns found.
     """
     columns = dict.fromkeys(itertools.chain(*rows.head))
     found = " ".join(", ".join(columns).split())[:300]
     flags = "--question-field, --answer-field and, for demonstrations, --solution-field"
     questions: tuple[str, ...] = ("problem", "question")
     if question_field or answer_field or solution_field:
-        if not (question_field and answer_field):
+        if not (question_field and (answer_field or rewarded)):
             raise ValueError(
                 "--question-field and --answer-field are needed together; "
                 "--solution-field is optional"
@@ -486,8 +519,10 @@ def row_reader(
         questions = (question_field,)
     elif "prompt" in columns and "reward_model" in columns:
         return read_chat
-    elif "answer" in columns and ("problem" in columns or "question" in columns):
+    elif ("answer" in columns or rewarded) and ("problem" in columns or "question" in columns):
         answer_field, solution_field = "answer", "solution"
+    elif rewarded and "prompt" in columns:
+        return read_chat
     else:
         raise ValueError(
             f"{rows.source}: no known layout; found {found}; right would be question and answer, "
@@ -600,9 +635,9 @@ def first_text(row: dict, *names: str) -> str:
     return ""
 
 
-def example_fault(example: Example, kinds: Iterable[str] = ()) -> str:
+def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = False) -> str:
     """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known, if
-    they are known."""
+    they are known; rewarded as for row_reader."""
     question = example.messages[-1] if example.messages else {"role": "", "content": ""}
     texts = [message["content"] for message in example.messages]
     texts += [example.answer, example.solution, example.kind, example.level, example.id]
@@ -610,7 +645,7 @@ def example_fault(example: Example, kinds: Iterable[str] = ()) -> str:
         return example.fault
     if question["role"] == "system" or not question["content"].strip():
         return "no question"
-    if not example.answer:
+    if not (example.answer or rewarded):
         return "no gold answer"
     if SURROGATE.search("\n".join(texts)):
         return "half a surrogate pair, which no tokenizer takes"
@@ -646,11 +681,12 @@ class Questions(Sequence):
 
     kept: rows of the table that are questions. dropped: {reason: indices of rows in the source}.
     fingerprint names this very choice of rows, so ranks (which may read different caches) can
-    compare it. Made by load_questions.
+    compare it. asked: (index, row) -> Question.asked, where reward functions want it and the row.
+    Made by load_questions.
     """
 
-    def __init__(self, table: datasets.Dataset, rows: Rows, key: str):
-        self.table, self.rows = table, rows
+    def __init__(self, table: datasets.Dataset, rows: Rows, key: str, asked=None):
+        self.table, self.rows, self.asked = table, rows, asked
         self.kept: list[int] = []
         self.dropped: dict[str, list[int]] = {}
         indices, faults = table["index"][:], table["fault"][:]
@@ -665,8 +701,13 @@ class Questions(Sequence):
         return len(self.kept)
 
     def __getitem__(self, i: int) -> Question:
-        row = self.table[self.kept[i]]
-        return Question(**{name.name: row[name.name] for name in fields(Question)})
+        kept = self.table[self.kept[i]]
+        names = [name.name for name in fields(Question) if name.name in kept]
+        question = Question(**{name: kept[name] for name in names})
+        if self.asked:
+            question.row = self.rows.row(kept["index"])
+            question.asked = self.asked(kept["index"], question.row)
+        return question
 
     def report(self) -> str:
         faults = [
@@ -684,6 +725,7 @@ def load_questions(
     max_prompt: int,
     max_response: int,
     checker=None,
+    rewarded: bool = False,
     question_field: str = "",
     answer_field: str = "",
     solution_field: str = "",
@@ -699,7 +741,8 @@ def load_questions(
     that cannot be used.
 
     max_prompt and max_response are in tokens, end-of-text included. checker is an eval.Checker;
-    without it no answer is verified. A row is dropped for whatever is wrong with it, its
+    without it no answer is verified. rewarded: reward functions judge, so that a row needs no
+    answer, and a question comes with its row. A row is dropped for whatever is wrong with it, its
     demonstration included; a row that has no demonstration is kept.
     The first load tokenises and checks every row; later ones read the outcome from cache_dir,
     where its name is a digest of the data, the tokenizer, the settings and this file's text. On
@@ -711,7 +754,7 @@ def load_questions(
             "the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end"
         )
     rows = load_rows(source, split, config, revision, cache_dir)
-    read = row_reader(rows, question_field, answer_field, solution_field)
+    read = row_reader(rows, question_field, answer_field, solution_field, rewarded)
     style = (system, generation_prefix, template)
     key = digest(
         rows.table._fingerprint,
@@ -721,12 +764,13 @@ def load_questions(
         (max_prompt, max_response),
         Path(__file__).read_bytes(),
         checker_state(checker),
+        rewarded,
     )
     ids: set[str] = set()
 
     def prepare_batch(batch, indices) -> pyarrow.Table:
         examples = [read(index, row) for index, row in rows.decode(batch, indices)]
-        prepare(examples, tokenizer, checker, max_prompt, max_response, style)
+        prepare(examples, tokenizer, checker, max_prompt, max_response, style, rewarded)
         outcome = []
         for example in examples:
             if example.fault:
@@ -749,7 +793,8 @@ def load_questions(
         new_fingerprint=key,
         desc="checking questions",
     )
-    questions = Questions(table, rows, key)
+    see = lambda index, row: asked(tokenizer, read(index, row).messages, *style)
+    questions = Questions(table, rows, key, see if rewarded else None)
     if not questions:
         raise ValueError(f"{source}: no question is left: {questions.report()}")
     return questions
@@ -775,13 +820,20 @@ def known_kinds(checker) -> tuple[str, ...]:
 
 
 def prepare(
-    examples: list[Example], tokenizer, checker, max_prompt: int, max_response: int, style: tuple
+    examples: list[Example],
+    tokenizer,
+    checker,
+    max_prompt: int,
+    max_response: int,
+    style: tuple,
+    rewarded: bool = False,
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
     _, generation_prefix, template = style
     for example in examples:
-        example.fault = example_fault(example, known_kinds(checker))
-        if example.kind == "number" and not (example.fault or NUMBER.fullmatch(example.answer)):
+        example.fault = example_fault(example, known_kinds(checker), rewarded)
+        number = example.kind == "number" and not rewarded
+        if number and not (example.fault or NUMBER.fullmatch(example.answer)):
             example.fault = "gold answer cannot be parsed"
 
     good = [example for example in examples if not example.fault]
@@ -934,6 +986,8 @@ def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int)
                 demonstration=tokenizer.encode(work) + [tokenizer.eos_token_id],
                 level=str(length),
                 kind="chain",
+                row={"question": question, "answer": result, "solution": work},
+                asked=question,
             )
         )
     return questions

@@ -3,6 +3,7 @@ r"""Checks answers in killable workers; evaluates a model on benchmarks; grades 
     python eval.py MODEL --bench aime24,aime25,amc,olympiad,math500,mmlu_pro      # paper's table
     torchrun --standalone --nproc-per-node 8 eval.py MODEL --bench math500 --k 4  # on eight ranks
     python eval.py MODEL --bench my.jsonl --out DIR     # rows of question and answer
+    python eval.py MODEL --bench my.jsonl --reward my.py:f  # judged by a function of one's own
     python eval.py grade FILE.jsonl --extract any       # rows of answer and response
 
 An answer is found in a response by string search, here, and compared with the gold answer by
@@ -21,9 +22,12 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import importlib.util
+import inspect
 import json
 import logging
 import math
+import numbers
 import operator
 import os
 import queue
@@ -35,7 +39,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -620,6 +624,186 @@ def size(expression) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
+# Rewards: by the checker, or by functions of one's own (--reward)
+
+
+RIGHT_ABOVE = 0.5  # the default of --right-above
+
+
+class RewardError(Exception):
+    """What a reward function did wrong, in a line. Only the rank that called it knows."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The functions of --reward, which judge in the checker's place."""
+
+    functions: dict[str, Callable]  # by name
+    weights: list[float]
+    right_above: float  # a response whose reward is higher is right
+
+
+@lru_cache  # so that a file runs once, however often the flags are looked at
+def load_rewards(reward: str, weights: str, right_above: float) -> Rewards | None:
+    """The functions of --reward `FILE.py:NAME,...` and their --reward-weights; None without any.
+
+    Imports the files. Raises ValueError, one line, naming the flag.
+    """
+    if not reward:
+        return None
+    functions, modules = {}, {}
+    for text in reward.split(","):
+        file, _, name = text.rpartition(":")
+        if not file.endswith(".py") or not name:
+            raise ValueError(f"--reward {text}: right would be FILE.py:NAME, several by commas")
+        if not Path(file).is_file():
+            raise ValueError(f"--reward {text}: there is no file {file}")
+        if file not in modules:
+            modules[file] = import_file(Path(file))
+        if not callable(getattr(modules[file], name, None)):
+            raise ValueError(f"--reward {text}: {file} has no function {name}")
+        if name in functions:
+            raise ValueError(f"--reward {reward}: two functions of one name")
+        functions[name] = getattr(modules[file], name)
+    try:
+        given = weights.split(",") if weights else [1] * len(functions)
+        parsed = [float(number) for number in given]
+    except ValueError:
+        parsed = []
+    if len(parsed) != len(functions) or not all(map(math.isfinite, parsed)):
+        right = f"{len(functions)} finite numbers by commas, one for each function of --reward"
+        raise ValueError(f"--reward-weights {weights}: right would be {right}")
+    return Rewards(functions, parsed, right_above)
+
+
+def check_reward_flags(flags) -> None:
+    """Raises ValueError for what does not go together of the checker's flags and these."""
+    if flags.reward and (flags.extract != "boxed" or flags.require_think):
+        raise ValueError(
+            "--extract and --require-think are the checker's, in whose place --reward judges"
+        )
+    if not flags.reward and (flags.reward_weights or flags.right_above != RIGHT_ABOVE):
+        raise ValueError("--reward-weights and --right-above are of use only with --reward")
+    if not math.isfinite(flags.right_above):
+        raise ValueError(f"--right-above must be finite, not {flags.right_above}")
+
+
+def import_file(path: Path):
+    """The file as a module; it may import its neighbours."""
+    name = f"reward_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward {path}: not importable: {in_a_line(error)}") from None
+    return module
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+Sample = tuple[object, str, list[int]]  # a data.Question, a response to it, the response's tokens
+
+
+def judge(questions, responses, tokens, checker, rewards) -> list[tuple[str, float, dict]]:
+    """(verdict, reward, rewards by function) of each response to the question beside it.
+
+    The checker's reward is 1 for `correct`, else 0. With Rewards it is the weighted sum of the
+    functions that judged the response, NaN if none did; and the verdict is `correct` above
+    right_above, else `wrong`, or `unjudged`. Raises RewardError.
+    """
+    if rewards is None:
+        golds, kinds = [q.answer for q in questions], [q.kind for q in questions]
+        return [(v, float(v == "correct"), {}) for v in checker.check(responses, golds, kinds)]
+    samples = list(zip(questions, responses, tokens, strict=True))
+    names, judged = list(rewards.functions), []
+    found = [call_reward(name, rewards.functions[name], samples) for name in names]
+    for values in zip(*found):
+        terms = [w * v for w, v in zip(rewards.weights, values) if not math.isnan(v)]
+        reward = sum(terms) if terms else math.nan
+        verdict = "correct" if reward > rewards.right_above else "wrong"
+        judged.append((verdict if terms else "unjudged", reward, dict(zip(names, values))))
+    return judged
+
+
+def call_reward(name: str, function: Callable, samples: list[Sample]) -> list[float]:
+    """A function's reward of each sample; NaN where it returned None. Raises RewardError, which
+    names the question where one alone is to blame."""
+    if not samples:
+        return []
+    values, rewards = [], []
+    try:
+        returned = function(**reward_arguments(function, samples))
+        if isinstance(returned, (str, dict)) or not isinstance(returned, Iterable):
+            problem = f"returned {returned!r:.80}, which is no list"
+        else:
+            values = list(returned)
+            rewards = [as_reward(value) for value in values]
+            problem = f"returned {len(values)} rewards for a batch of {len(samples)}"
+    except Exception as error:
+        problem = f"raised {in_a_line(error)}"
+    if len(rewards) == len(samples):
+        if None not in rewards:
+            return rewards
+        wrong = rewards.index(None)
+        samples, problem = samples[wrong : wrong + 1], f"returned {values[wrong]!r:.80}, no number"
+    if half := len(samples) // 2:  # one half, alone, may show whose response it was
+        call_reward(name, function, samples[:half])
+        call_reward(name, function, samples[half:])
+    first, many = samples[0][0].id, f" and {len(samples) - 1} other responses" if half else ""
+    raise RewardError(f"--reward {name}: {' '.join(problem.split())}, of question {first}{many}")
+
+
+def reward_arguments(function: Callable, samples: list[Sample]) -> dict[str, list]:
+    """What TRL's GRPOTrainer passes to a reward function, all by keyword: prompts, completions,
+    completion_ids, and each column of the rows. Prompts and completions are chat messages where the
+    prompt is made by a chat template, else texts. Nothing of TRL's trainer is there. A function
+    without **kwargs gets what it names.
+    """
+    prompts, completions = [], []
+    for question, response, _ in samples:
+        chat = isinstance(question.asked, list)
+        prompts.append(question.asked)
+        completions.append([{"role": "assistant", "content": response}] if chat else response)
+    columns = dict.fromkeys(column for question, _, _ in samples for column in question.row)
+    known = {column: [question.row.get(column) for question, _, _ in samples] for column in columns}
+    for name in ("prompt", "completion"):
+        known.pop(name, None)
+    known |= {"prompts": prompts, "completions": completions}
+    known["completion_ids"] = [ids for _, _, ids in samples]
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return known
+    return {name: values for name, values in known.items() if name in parameters}
+
+
+def as_reward(value) -> float | None:
+    """A finite number, NaN for None, None for anything else; NumPy's and torch's scalars, too."""
+    if value is None:
+        return math.nan
+    value = value.item() if hasattr(value, "item") else value
+    number = float(value) if isinstance(value, numbers.Real) else math.nan
+    return number if math.isfinite(number) else None
+
+
+def try_rewards(rewards: Rewards, question, tokenizer) -> dict[str, float]:
+    """Each function's reward of a question's demonstration, of an empty response where it has none.
+
+    Raises ValueError for what would end a run later.
+    """
+    tokens = question.demonstration or []
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    try:
+        [(_, _, by_function)] = judge([question], [text], [tokens], None, rewards)
+    except RewardError as error:
+        raise ValueError(str(error)) from None  # every rank's
+    return by_function
+
+
+# --------------------------------------------------------------------------------------------------
 # Scores
 
 
@@ -665,25 +849,29 @@ def evaluate(
     detokenize: Callable[[list[int]], str],
     rank: int = 0,
     world: int = 1,
+    rewards: Rewards | None = None,
 ) -> list[dict]:
-    """Samples k responses to each of this rank's questions (every world-th) and checks them.
+    """Samples k responses to each of this rank's questions (every world-th) and judges them.
 
     Returns a row a question. No rank waits for another; to summarise, gather the rows of all.
+    Raises RewardError.
     """
     questions = questions[rank::world]
     if not questions:
         return []
     seeds = [question_seed(seed, q.id) for q in questions]
     groups = sampler.sample([q.prompt for q in questions], k, seeds, max_tokens, temperature)
-    responses = [detokenize(sample.tokens) for group in groups for sample in group]  # Q * k
-    golds = [q.answer for q in questions for _ in range(k)]
-    kinds = [q.kind for q in questions for _ in range(k)]
-    verdicts = checker.check(responses, golds, kinds)
+    tokens = [sample.tokens for group in groups for sample in group]  # Q * k
+    responses = [detokenize(ids) for ids in tokens]
+    asked = [q for q in questions for _ in range(k)]
+    judged = judge(asked, responses, tokens, checker, rewards)
     rows = []
     for i, (q, group) in enumerate(zip(questions, groups)):
         mine = slice(i * k, (i + 1) * k)
         row = {"id": q.id, "level": q.level, "kind": q.kind, "answer": q.answer}
-        row |= {"response": responses[mine], "verdict": verdicts[mine]}
+        row |= {"response": responses[mine], "verdict": [verdict for verdict, _, _ in judged[mine]]}
+        if rewards:
+            row["reward"] = [None if math.isnan(r) else r for _, r, _ in judged[mine]]
         row["tokens"] = [len(sample.tokens) for sample in group]
         row["truncated"] = [sample.truncated for sample in group]
         rows.append(row)
@@ -692,26 +880,40 @@ def evaluate(
 
 def summarize(rows: list[dict]) -> dict:
     """avg@k with its interval, unbiased pass@1, 2, 4 .. k, mean length, shares of truncation and of
-    each verdict."""
+    each verdict; with reward functions also the mean reward.
+
+    What they did not judge counts in lengths and shares alone. Raises RewardError if that is all.
+    """
     if not rows:
         raise ValueError("no questions to summarise")
-    counts = [(len(row["verdict"]), row["verdict"].count("correct")) for row in rows]
+    counts, judged = [], []
+    for row in rows:
+        n = len(row["verdict"]) - row["verdict"].count("unjudged")
+        if n:
+            judged.append(row)
+            counts.append((n, row["verdict"].count("correct")))
+    if not judged:
+        raise RewardError("--reward: None for every response to a benchmark: nothing was judged")
     k = min(n for n, _ in counts)
     accuracies = [c / n for n, c in counts]
     average, low, high = avg_at_k(accuracies)
     levels: dict[str, list[float]] = {}
-    for accuracy, row in zip(accuracies, rows):
+    for accuracy, row in zip(accuracies, judged):
         levels.setdefault(str(row["level"]), []).append(accuracy)
     lengths = [length for row in rows for length in row["tokens"]]
     truncated = [cut for row in rows for cut in row["truncated"]]
     verdicts = Counter(verdict for row in rows for verdict in row["verdict"])
     summary = {"rows": len(rows), "k": k, "avg": average, "low": low, "high": high, "pass": {}}
     for j in sorted({1 << i for i in range(k.bit_length())} | {k}):
-        summary["pass"][j] = sum(pass_at_k(n, c, j) for n, c in counts) / len(rows)
+        summary["pass"][j] = sum(pass_at_k(n, c, j) for n, c in counts) / len(counts)
     summary["length"] = sum(lengths) / len(lengths)
     summary["truncated"] = sum(truncated) / len(truncated)
     for verdict in VERDICTS:
         summary[verdict] = verdicts[verdict] / verdicts.total()
+    if "reward" in rows[0]:
+        rewards = [r for row in judged for r in row["reward"] if r is not None]
+        summary["reward"] = sum(rewards) / len(rewards)
+        summary["unjudged"] = verdicts["unjudged"] / verdicts.total()
     summary["levels"] = {
         level: {"rows": len(s), "avg": sum(s) / len(s)} for level, s in sorted(levels.items())
     }
@@ -723,17 +925,20 @@ def table(results: dict[str, dict]) -> str:
     too many."""
     ks = sorted(set().union(*(result["pass"] for result in results.values())))
     passes = [f"pass@{k}" for k in ks]
-    header = ["bench", "rows", "k", "avg@k", "95 % interval", *passes]
+    own = any("reward" in result for result in results.values())
+    header = ["bench", "rows", "k", *["reward"] * own, "avg@k", "95 % interval", *passes]
     lines = [[*header, "length", "truncated", "unparsed"]]
     for name, r in results.items():
-        line = [name, str(r["rows"]), str(r["k"]), f"{r['avg']:.1%}"]
+        line = [name, str(r["rows"]), str(r["k"])]
+        line += [f"{r['reward']:.3f}"] if own else []
+        line.append(f"{r['avg']:.1%}")
         line.append(f"{r['low']:.1%} .. {r['high']:.1%}")
         line += [f"{r['pass'][k]:.1%}" if k in r["pass"] else "" for k in ks]
         line += [f"{r['length']:.0f}", f"{r['truncated']:.1%}", f"{r['unparsed']:.1%}"]
         lines.append(line)
         if 1 < len(r["levels"]) <= 20:
             for level, s in r["levels"].items():
-                lines.append([f"  {level}", str(s["rows"]), "", f"{s['avg']:.1%}"])
+                lines.append([f"  {level}", str(s["rows"]), "", *[""] * own, f"{s['avg']:.1%}"])
     widths = [0] * len(lines[0])
     for line in lines:
         for i, cell in enumerate(line):
@@ -792,11 +997,13 @@ BENCHES = {
 CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
 
 
-def load_questions(name: str, tokenizer, system: str | None, generation_prefix: str) -> list:
+def load_questions(
+    name: str, tokenizer, system: str | None, generation_prefix: str, rewarded: bool = False
+) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
 
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
-    cannot be used is an error.
+    cannot be used is an error. rewarded: for reward functions, as in data.load_questions.
     """
     import data
 
@@ -808,17 +1015,17 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
     if name in BENCHES:
         bench = BENCHES[name]
         rows = data.load_rows(bench.hub, bench.split, bench.config)
-        read = data.row_reader(rows, bench.question, bench.answer)
+        read = data.row_reader(rows, bench.question, bench.answer, rewarded=rewarded)
     elif Path(name).suffix in data.FILES:
         rows = data.load_rows(name)
-        read = data.row_reader(rows)
+        read = data.row_reader(rows, rewarded=rewarded)
     else:
         known = f"{', '.join(BENCHES)}, chain, and {', '.join(data.FILES)} files"
         raise ValueError(f"--bench {name}: unknown; known are {known}")
     questions = []
     for index, row in rows:
         example = read(index, row)
-        if fault := data.example_fault(example, KINDS):
+        if fault := data.example_fault(example, () if rewarded else KINDS, rewarded):
             raise ValueError(f"{rows.place(index)}: {fault}; its columns are {list(row)!s:.200}")
         questions.append(
             data.Question(
@@ -832,6 +1039,9 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
                 kind=example.kind,
             )
         )
+        if rewarded:
+            questions[-1].row = rows.row(index)
+            questions[-1].asked = data.asked(tokenizer, example.messages, system, generation_prefix)
     return questions
 
 
@@ -840,6 +1050,7 @@ def load_questions(name: str, tokenizer, system: str | None, generation_prefix: 
 # (one line a response), and results.json.
 
 CHUNK = 1024  # responses sampled at a time and a rank: what an interruption costs at most
+OF_A_RESPONSE = ("response", "verdict", "reward", "tokens", "truncated")  # reward: with --reward
 
 
 def question_lines(row: dict) -> str:
@@ -848,7 +1059,7 @@ def question_lines(row: dict) -> str:
     question |= {key: row[key] for key in ("id", "level", "kind", "answer")}
     lines = []
     for sample in range(len(row["verdict"])):
-        response = {key: row[key][sample] for key in ("response", "verdict", "tokens", "truncated")}
+        response = {key: row[key][sample] for key in OF_A_RESPONSE if key in row}
         lines.append(json.dumps({**question, "sample": sample, **response}) + "\n")
     return "".join(lines)
 
@@ -870,8 +1081,9 @@ def finished_questions(folder: Path, ks: dict[str, int]) -> dict[str, dict]:
         if len(samples.get(question_id, {})) == k:
             responses = [samples[question_id][j] for j in range(k)]
             row = {key: responses[0][key] for key in ("id", "level", "kind", "answer")}
-            for key in ("response", "verdict", "tokens", "truncated"):
-                row[key] = [response[key] for response in responses]
+            for key in OF_A_RESPONSE:
+                if key in responses[0]:
+                    row[key] = [response[key] for response in responses]
             rows[question_id] = row
     return rows
 
@@ -898,6 +1110,7 @@ class Evaluation:
     benches: dict[str, list]  # questions by benchmark
     ks: dict[str, int]  # responses to a question, by benchmark
     max_len: int  # tokens of the longest prompt and its response
+    rewards: Rewards | None
     dtype: object  # of the model's weights
     settings: dict  # on which the responses depend
     folder: Path
@@ -947,10 +1160,16 @@ def check_evaluation(args) -> Evaluation:
         value = getattr(args, flag)
         if value is not None and not value >= least:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}")
+    check_reward_flags(args)
+    rewards = load_rewards(args.reward, args.reward_weights, args.right_above)
     config, tokenizer = read_model(args.model)
     benches, ks = {}, {}
     for name in names:
-        benches[name] = load_questions(name, tokenizer, args.system, args.generation_prefix)
+        benches[name] = load_questions(
+            name, tokenizer, args.system, args.generation_prefix, rewarded=rewards is not None
+        )
+        if rewards:
+            try_rewards(rewards, benches[name][0], tokenizer)
         ks[name] = args.k or (BENCHES[name].k if name in BENCHES else 1)
     longest = max(len(q.prompt) for questions in benches.values() for q in questions)
     max_len = longest + args.max_tokens
@@ -972,6 +1191,7 @@ def check_evaluation(args) -> Evaluation:
         benches=benches,
         ks=ks,
         max_len=max_len,
+        rewards=rewards,
         dtype=dtype,
         settings=settings,
         folder=folder,
@@ -1050,6 +1270,7 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
                     args.max_tokens,
                     args.seed,
                     detokenize,
+                    rewards=evaluation.rewards,
                 )
                 file.writelines(map(question_lines, rows))
                 file.flush()
@@ -1184,6 +1405,10 @@ def evaluate_parser() -> argparse.ArgumentParser:
     meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"
     add("--dtype", choices=dtypes, default="auto", help=meaning)
     add("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
+    add("--reward", default="", help="FILE.py:NAME,..: reward functions in the checker's place")
+    add("--reward-weights", default="", help="of several, by commas; default: 1 each")
+    above = "a response whose reward is higher is right"
+    add("--right-above", type=float, default=RIGHT_ABOVE, help=above)
     add_checker_flags(parser)
     return parser
 
@@ -1220,8 +1445,8 @@ def fail(program: str, error: Exception, refusal: type, code: int, place: str = 
     """Says in a line what is wrong, and returns the exit code: `code` for a refusal, else 1.
 
     A refusal is an error of that type raised by these files: all ranks have it, and rank 0 says it.
-    Any other may be a rank's own: each says it with its number and, if it is not the system's, with
-    a traceback.
+    Any other may be a rank's own: each says it with its number and, if it is neither the system's
+    nor a reward function's, with a traceback.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
@@ -1234,7 +1459,7 @@ def fail(program: str, error: Exception, refusal: type, code: int, place: str = 
     if not refused:
         code = 1
         message = f"{program}: rank {rank}{place}: {type(error).__name__}: {error}"
-        if not isinstance(error, OSError):
+        if not isinstance(error, (OSError, RewardError)):
             traceback.print_exception(error)
     if not refused or rank == "0":
         print(message, file=sys.stderr, flush=True)

@@ -21,12 +21,18 @@ def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
 
     rewards [Q, G] -> [Q, G]. The standard deviation is the unbiased one (GRPO, arXiv 2402.03300;
     without it: Dr. GRPO, arXiv 2503.20783). A group whose rewards are all equal gets exactly 0.
+    NaN is a sample that was not judged: its advantage is 0, and it counts in neither.
     """
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    judged = ~rewards.isnan()  # [Q, G]
+    advantages = rewards - rewards.nanmean(1, keepdim=True)
     if normalize_std:
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [Q, 1]
-    return advantages.masked_fill(all_equal, 0.0)  # the mean of equal floats may be off by rounding
+        freedom = judged.sum(1, keepdim=True) - 1
+        variance = advantages.square().nansum(1, keepdim=True) / freedom
+        advantages = advantages / (variance.sqrt() + 1e-6)
+    one = rewards.nanmedian(1, keepdim=True).values  # a reward of the group
+    all_equal = ((rewards == one) | ~judged).all(1, keepdim=True)  # [Q, 1]
+    # The mean of equal floats may be off by rounding.
+    return advantages.masked_fill(all_equal | ~judged, 0.0)
 
 
 def grpo_loss(

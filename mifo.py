@@ -214,11 +214,14 @@ def rl_step(run: Run) -> None:
     indices = data.draw(len(run.questions), cfg.seed, state.drawn, cfg.questions)  # Q of them
     questions = [run.questions[index] for index in indices]
     responses = sample(run, questions)  # Q * G, the same list on every rank
-    rewards = torch.tensor([r.reward for r in responses]).view(-1, cfg.samples)  # [Q, G]
+    # Rewards are NaN where nothing was judged. In float32 an accuracy of 1/10 is more than p = 0.1.
+    rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
+    rewards = rewards.view(-1, cfg.samples)  # [Q, G]
     advantages = losses.group_advantages(rewards, cfg.normalize_std)  # [Q, G]
+    right = (rewards > cfg.right_above).double().masked_fill(rewards.isnan(), math.nan)  # [Q, G]
+    accuracies = right.nanmean(1).tolist()  # of each question's judged samples
 
     if cfg.schedule == "interleave":
-        accuracies = rewards.double().mean(1).tolist()  # float32 would make 1/10 more than p = 0.1
         for index, question, accuracy in zip(indices, questions, accuracies):
             hard = accuracy <= cfg.p and question.demonstration is not None
             if hard and index not in state.buffer:
@@ -237,7 +240,7 @@ def rl_step(run: Run) -> None:
             rl_update(run, responses[start : start + size])
     state.drawn += cfg.questions
     state.rl_steps += 1
-    log_responses(run, questions, responses, rewards)
+    log_responses(run, questions, responses, accuracies)
 
 
 def rl_update(run: Run, responses: list[Response]) -> None:
@@ -246,7 +249,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
     The loss is a sum, divided by a count over the whole batch and all ranks: no split changes it.
     """
     cfg = run.cfg
-    counted = [r for r in responses if not (cfg.mask_truncated and r.truncated)]
+    counted = [r for r in responses if counts(cfg, r)]
     divisor = {
         "token": sum(len(r.tokens) for r in counted),
         "sequence": len(counted),
@@ -479,6 +482,11 @@ class Config(Settings):
     system: str = option(DATA, "data", "system prompt: a text; data: as the data has it; none: dropped")
     generation_prefix: str = option(
         DATA, "", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
+    reward: str = option(
+        DATA, "", "reward functions in the checker's place, FILE.py:NAME, several by commas, called as TRL does")
+    reward_weights: str = option(DATA, "", "of several reward functions, by commas; empty: 1 each")
+    right_above: float = option(
+        DATA, evaluation.RIGHT_ABOVE, "with a higher reward a response is right, for --p and evaluation", "(-inf, inf)")
     extract: Literal["boxed", "any"] = option(
         DATA, "boxed", "where a maths answer is looked for: the last \\boxed{}; anywhere")
     require_think: bool = option(DATA, False, "an answer counts only after one closing </think>")
@@ -559,6 +567,7 @@ class Run:
     optimizers: dict[str, torch.optim.AdamW]  # "rl", "sft"
     sampler: rollout.VLLMSampler | rollout.TorchSampler | None  # None where nothing is sampled
     checker: evaluation.Checker
+    rewards: evaluation.Rewards | None  # judge in the checker's place
     state: State = field(default_factory=State)
     importance: list[Tensor]  # C, this rank's shards; empty where nothing is ever frozen
     anchor: list[Tensor]  # theta at the start of the current phase, RL or SFT; likewise
@@ -593,12 +602,10 @@ class Response:
     truncated: bool
     text: str
     verdict: str
+    reward: float  # NaN: not judged
+    rewards: dict[str, float] = field(default_factory=dict)  # of each function of --reward
     advantage: float = 0.0
     old_logprobs: list[float] | None = None  # the trainer's before the first of several updates
-
-    @property
-    def reward(self) -> float:
-        return float(self.verdict == "correct")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,21 +625,50 @@ def sample(run: Run, questions: list[data.Question]) -> list[Response]:
     with run.timed("check"):
         asked = [questions[i] for i in mine for _ in range(cfg.samples)]
         samples = [s for group in groups for s in group]
-        texts = [run.tokenizer.decode(s.tokens, skip_special_tokens=True) for s in samples]
-        golds, kinds = [q.answer for q in asked], [q.kind for q in asked]
-        verdicts = run.checker.check(texts, golds, kinds)
-        responses = [
-            Response(q.id, q.prompt, s.tokens, s.logprobs, s.truncated, text=text, verdict=verdict)
-            for q, s, text, verdict in zip(asked, samples, texts, verdicts)
-        ]
+        tokens = [s.tokens for s in samples]
+        texts = [run.tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+        with stops_all(run):
+            judged = evaluation.judge(asked, texts, tokens, run.checker, run.rewards)
+        responses = []
+        for q, s, text, (verdict, reward, rewards) in zip(asked, samples, texts, judged):
+            responses.append(
+                Response(
+                    id=q.id,
+                    prompt=q.prompt,
+                    tokens=s.tokens,
+                    rollout_logprobs=s.logprobs,
+                    truncated=s.truncated,
+                    text=text,
+                    verdict=verdict,
+                    reward=reward,
+                    rewards=rewards,
+                )
+            )
     with run.timed("gather"):
         groups = [responses[i : i + cfg.samples] for i in range(0, len(responses), cfg.samples)]
         return [response for group in gather(run, groups) for response in group]
 
 
+@contextmanager
+def stops_all(run: Run):
+    """A reward function's fault on one rank raises Stopped on all."""
+    problem = ""
+    try:
+        yield
+    except evaluation.RewardError as error:
+        problem = str(error)
+    if problems := list(filter(None, gather(run, [problem]))):
+        raise Stopped(f"after step {run.state.step}: {problems[0]}")
+
+
+def counts(cfg: Config, response: Response) -> bool:
+    """Whether the loss's divisor counts it."""
+    return not (math.isnan(response.reward) or cfg.mask_truncated and response.truncated)
+
+
 def has_gradient(cfg: Config, response: Response) -> bool:
     """An advantage of 0 gives none, so such responses are not even computed."""
-    return response.advantage != 0 and not (cfg.mask_truncated and response.truncated)
+    return response.advantage != 0 and counts(cfg, response)
 
 
 @torch.no_grad()
@@ -887,20 +923,23 @@ def evaluate(run: Run) -> None:
     results, correct = {}, {}
     with run.timed("evaluate"):
         for name, questions in run.benches.items():
-            rows = evaluation.evaluate(
-                run.sampler,
-                questions,
-                run.checker,
-                cfg.eval_k,
-                cfg.eval_temperature,
-                cfg.max_response,
-                cfg.seed,
-                lambda tokens: run.tokenizer.decode(tokens, skip_special_tokens=True),
-                run.rank,
-                run.world,
-            )
+            with stops_all(run):
+                rows = evaluation.evaluate(
+                    run.sampler,
+                    questions,
+                    run.checker,
+                    cfg.eval_k,
+                    cfg.eval_temperature,
+                    cfg.max_response,
+                    cfg.seed,
+                    lambda tokens: run.tokenizer.decode(tokens, skip_special_tokens=True),
+                    run.rank,
+                    run.world,
+                    run.rewards,
+                )
             rows = gather(run, rows)
-            results[name] = evaluation.summarize(rows)
+            with stops_all(run):
+                results[name] = evaluation.summarize(rows)
             correct[name] = [row["verdict"].count("correct") for row in rows]
     log_evaluation(run, results, correct)
     state.evals.append({"step": state.step, "rl_steps": state.rl_steps, "results": results})
@@ -926,21 +965,29 @@ def log_frozen_share(run: Run) -> None:
 
 
 def log_responses(
-    run: Run, questions: list[data.Question], responses: list[Response], rewards: Tensor
+    run: Run, questions: list[data.Question], responses: list[Response], accuracies: list[float]
 ) -> None:
     """The RL step's metrics, and a few of its responses for samples.jsonl."""
     cfg, state, n = run.cfg, run.state, len(responses)
     tokens = sum(len(r.tokens) for r in responses)
     state.sampled_tokens += tokens
     verdicts = Counter(r.verdict for r in responses)
-    run.log["reward"] = rewards.mean().item()
-    run.log["groups/all_wrong"] = (rewards.sum(1) == 0).float().mean().item()
-    run.log["groups/all_right"] = (rewards.sum(1) == cfg.samples).float().mean().item()
+    run.log["reward"] = mean_judged([r.reward for r in responses])
+    run.log["groups/all_wrong"] = accuracies.count(0) / len(accuracies)
+    run.log["groups/all_right"] = accuracies.count(1) / len(accuracies)
     run.log["response_tokens"] = tokens / n
     run.log["truncated"] = sum(r.truncated for r in responses) / n
-    run.log |= {f"answers/{verdict}": verdicts[verdict] / n for verdict in evaluation.VERDICTS}
-    kinds = sorted({q.kind for q in questions})
-    state.warning = no_answers(cfg, kinds, run.log["truncated"], run.log["answers/unparsed"])
+    if run.rewards:
+        for name in run.rewards.functions:
+            run.log[f"rewards/{name}"] = mean_judged([r.rewards[name] for r in responses])
+        run.log["answers/correct"] = verdicts["correct"] / n
+        run.log["answers/unjudged"] = verdicts["unjudged"] / n
+        nothing = "warning: --reward returned None for every response: RL learns nothing"
+        state.warning = nothing if verdicts["unjudged"] == n else ""
+    else:
+        run.log |= {f"answers/{verdict}": verdicts[verdict] / n for verdict in evaluation.VERDICTS}
+        kinds = sorted({q.kind for q in questions})
+        state.warning = no_answers(cfg, kinds, run.log["truncated"], run.log["answers/unparsed"])
     if state.rl_steps == 1 and state.warning:
         say(state.warning)
     if run.rank != 0 or cfg.samples_logged == 0:
@@ -956,10 +1003,22 @@ def log_responses(
                 "response": response.text,
                 "answer": question.answer,
                 "verdict": response.verdict,
-                "reward": response.reward,
+                "reward": none_for_nan(response.reward),
                 "truncated": response.truncated,
             }
+            if run.rewards:
+                found = response.rewards.items()
+                line["rewards"] = {name: none_for_nan(value) for name, value in found}
             file.write(json.dumps(line) + "\n")
+
+
+def mean_judged(rewards: list[float]) -> float:
+    """NaN if none was."""
+    return torch.tensor(rewards, dtype=torch.float64).nanmean().item()
+
+
+def none_for_nan(reward: float) -> float | None:
+    return None if math.isnan(reward) else reward
 
 
 def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float) -> str:
@@ -996,6 +1055,8 @@ def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[i
         levels = {level: part["avg"] for level, part in result["levels"].items()}
         benches[name] = {"avg": result["avg"], "levels": levels, "correct": correct[name]}
         run.log["evaluation"][name] = result["avg"]
+        if "reward" in result:
+            benches[name]["reward"] = run.log[f"evaluation/reward/{name}"] = result["reward"]
         if len(levels) > 1:
             by_level = {f"{name} {level}": average for level, average in levels.items()}
             run.log["evaluation"] |= by_level
@@ -1114,6 +1175,9 @@ def summary(run: Run) -> str:
         lines.append(f"{'accuracy':16} before   after")
         for name, after in last.items():
             lines.append(f"{name:16} {first[name]['avg']:6.3f}  {after['avg']:6.3f}")
+            if "reward" in after:
+                before = first[name]["reward"]
+                lines.append(f"  {'mean reward':14} {before:6.3f}  {after['reward']:6.3f}")
             for level, result in after["levels"].items() if len(after["levels"]) > 1 else ():
                 before = first[name]["levels"][level]["avg"]
                 lines.append(f"  level {level:8} {before:6.3f}  {result['avg']:6.3f}")
@@ -1368,10 +1432,12 @@ def set_up(cfg: Config) -> Run:
     if cfg.dtype != "auto":
         dtype = getattr(torch, cfg.dtype)
 
+    rewards = reward_functions(cfg)
     model_dir, config, tokenizer, config_edits = open_model(cfg, rank)
     workers = evaluation.checker_workers(world)
     checker = evaluation.Checker(workers, cfg.check_limit, cfg.extract, cfg.require_think)
     questions, benches = load_data(cfg, rank, tokenizer, checker)
+    try_rewards(rewards, questions, benches, tokenizer)
 
     policy = load_policy(cfg, model_dir, config, mesh, dtype)
     reference = None
@@ -1431,6 +1497,7 @@ def set_up(cfg: Config) -> Run:
         optimizers=optimizers,
         sampler=sampler,
         checker=checker,
+        rewards=rewards,
         importance=[torch.zeros_like(shard, **like) for shard in shards],
         anchor=[torch.zeros_like(shard, **like) for shard in shards],
     )
@@ -1536,7 +1603,8 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     tokenizer,
                     max_prompt=cfg.max_prompt,
                     max_response=cfg.max_response,
-                    checker=checker,
+                    checker=None if cfg.reward else checker,
+                    rewarded=bool(cfg.reward),
                     question_field=cfg.question_field,
                     answer_field=cfg.answer_field,
                     solution_field=cfg.solution_field,
@@ -1564,8 +1632,30 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
         )
     names = [name for name in cfg.evaluate.split(",") if name]
     prefix = cfg.generation_prefix
-    benches = {n: evaluation.load_questions(n, tokenizer, system, prefix) for n in names}
+    benches = {}
+    for name in names:
+        benches[name] = evaluation.load_questions(
+            name, tokenizer, system, prefix, rewarded=bool(cfg.reward)
+        )
     return questions, benches
+
+
+def reward_functions(cfg: Config) -> evaluation.Rewards | None:
+    return evaluation.load_rewards(cfg.reward, cfg.reward_weights, cfg.right_above)
+
+
+def shown(questions: typing.Sequence[data.Question]) -> data.Question:
+    """The first that has a demonstration, if any has."""
+    return questions[(data.demonstrated(questions) or [0])[0]]
+
+
+def try_rewards(rewards, questions, benches, tokenizer) -> dict[str, float]:
+    """Each function's reward of a demonstration. Raises ValueError where one would end the run."""
+    if rewards is None:
+        return {}
+    for bench in benches.values():
+        evaluation.try_rewards(rewards, bench[0], tokenizer)
+    return evaluation.try_rewards(rewards, shown(questions), tokenizer)
 
 
 def dry_run(cfg: Config) -> str:
@@ -1579,6 +1669,7 @@ def dry_run(cfg: Config) -> str:
         limits = (cfg.check_limit, cfg.extract, cfg.require_think)
         with evaluation.Checker(evaluation.checker_workers(1), *limits) as checker:
             questions, benches = load_data(cfg, 0, tokenizer, checker)
+        rewards = try_rewards(reward_functions(cfg), questions, benches, tokenizer)
     finally:
         dist.destroy_process_group()
 
@@ -1587,14 +1678,22 @@ def dry_run(cfg: Config) -> str:
         return tokenizer.decode(ids, **plain)
 
     indices = data.demonstrated(questions)
-    question = questions[indices[0] if indices else 0]
+    question = shown(questions)
     response = question.demonstration or []
     ends = " or ".join(repr(text([i])) for i in evaluation.eos_ids(model_dir, tokenizer))
     found = questions.report() if cfg.data else f"{len(questions)} questions"
     problem = "asked for" if cfg.sampler == "torch" else rollout.vllm_problem()
     template = "with" if tokenizer.chat_template else "without"
     anywhere = cfg.extract == "any" and question.kind in ("math", "number")
-    place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
+    if cfg.reward:
+        of = "the demonstration below" if indices else "an empty response"
+        judged = []
+        for name, value in rewards.items():
+            value = "None, not judged" if math.isnan(value) else f"{value:g}"
+            judged.append(f"reward     {name}: {value}, of {of}")
+    else:
+        place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
+        judged = [f"answers    of kind {question.kind}: looked for in {place}"]
     return "\n".join(
         [
             f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of "
@@ -1606,7 +1705,7 @@ def dry_run(cfg: Config) -> str:
             f"data       {cfg.data or 'the embedded task'}: {found}; {len(indices):,} with a "
             "demonstration",
             *(f"evaluate   {name}: {len(bench):,} questions" for name, bench in benches.items()),
-            f"answers    of kind {question.kind}: looked for in {place}",
+            *judged,
             "",
             f"the first question{' that has a demonstration' if indices else ''}: gold answer "
             f"{question.answer!r}, prompt of {len(question.prompt):,} tokens, response of "
@@ -1758,6 +1857,8 @@ def check_config(cfg: Config, world: int) -> None:
             f"{flag(name)} goes with --data; the embedded task has its own",
         )
     check_file("--data", cfg.data)
+    evaluation.check_reward_flags(cfg)
+    reward_functions(cfg)
     for name in filter(None, cfg.evaluate.split(",")):
         known = name == "chain" or name in evaluation.BENCHES or name.endswith((".jsonl", ".json"))
         benches = ", ".join(evaluation.BENCHES)

@@ -5,7 +5,7 @@ MIFO_TEST_GPU says: `MIFO_TEST_GPU=0 pytest -k on_a_gpu`. The sections, in order
 losses.py, freeze.py   The equations; PEAR; Log-probabilities in tiles; Freezing
 data.py                Batches; The embedded task; Data
 rollout.py             Which sampler; The sampler's choice of a token
-eval.py                Checking answers; Scores; Benchmarks and the command line
+eval.py                Checking answers; Rewards; Scores; Benchmarks and the command line
 benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
 mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Samplers;
                        Real questions; Faults; Settings; Schedules and presets; A GPU
@@ -171,6 +171,26 @@ def test_group_advantages_of_equal_rewards_are_exactly_zero(normalize_std):
         rewards = torch.tensor(values)[:, None].repeat(1, size)
         advantages = losses.group_advantages(rewards, normalize_std)
         assert advantages.shape == rewards.shape and advantages.eq(0).all(), size
+
+
+@pytest.mark.parametrize("normalize_std", [False, True])
+def test_group_advantages_leave_out_what_was_not_judged(normalize_std):
+    rewards = torch.rand(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rewards[:9] = 0.1  # equal, which advantages of exactly 0 must show beside NaN, too
+    rewards[flags(40, 6, seed=2, probability=0.4)] = math.nan
+    rewards[9], rewards[10, 1:] = math.nan, math.nan
+    judged = (~rewards.isnan()).sum(1).tolist()
+    assert {0, 1, 2, 3} <= set(judged)
+    advantages = losses.group_advantages(rewards, normalize_std).tolist()
+    for i, (got, group) in enumerate(zip(advantages, rewards.tolist())):
+        known = [r for r in group if r == r]
+        for advantage, reward in zip(got, group):
+            if reward != reward or i < 9 or len(known) == 1:
+                assert advantage == 0
+            else:
+                divisor = statistics.stdev(known) + 1e-6 if normalize_std else 1.0
+                expected = (reward - statistics.fmean(known)) / divisor
+                assert advantage == pytest.approx(expected, rel=1e-9)
 
 
 def grpo_oracle(
@@ -2608,6 +2628,44 @@ def test_parquet_columns_may_have_any_type(chat_tokenizer, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_reward_functions_get_the_whole_row_and_it_stays_on_disk(name, chat_tokenizer, tmp_path):
+    """No gold answer is needed, nor is a demonstration compared with one."""
+    rows = []
+    for i in range(300):
+        tests = [{"in": [i, i + 1], "out": {"is": str(i)}}]
+        rows.append({"question": f"What is {i}?", "tests": tests, "kind": "code", "answer": None})
+        rows[-1] |= {"solution": "print(0)" if i % 2 else None, "prompt": "theirs"}
+    rows[7]["question"] = ""
+    questions = questions_of(rows, chat_tokenizer, tmp_path, name, rewarded=True, system="Brief.")
+    assert len(questions) == 299 and questions.dropped == {"no question": [7]}
+    assert len(data.demonstrated(questions)) == 149
+    for i in (0, 7, 298):
+        expected = rows[i + (i >= 7)]
+        asked = [{"role": "system", "content": "Brief."}]
+        asked += [{"role": "user", "content": expected["question"]}]
+        assert questions[i].row == expected and questions[i].asked == asked
+        text = chat_tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        assert chat_tokenizer.decode(questions[i].prompt) == text
+    plain = questions_of(rows, chat_tokenizer, tmp_path, name, rewarded=True, template="plain")
+    assert plain[3].asked == "Question: What is 3?\nAnswer:\n"
+    assert chat_tokenizer.decode(plain[3].prompt) == plain[3].asked
+    assert questions[3].row is not questions[3].row  # each time read anew
+    with pytest.raises(ValueError, match="299 no gold answer"):
+        questions_of(rows, chat_tokenizer, tmp_path, name)
+
+
+def test_rows_as_trl_has_them_are_read_for_reward_functions(chat_tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "What is 1/2?"}]
+    rows = [{"prompt": messages, "solution": "$0.5$"}, {"prompt": "And 1/4?", "more": [1]}]
+    questions = questions_of(rows, chat_tokenizer, tmp_path, rewarded=True)
+    assert [q.demonstration for q in questions] == [None, None]
+    assert questions[0].asked == messages and questions[1].asked[0]["content"] == "And 1/4?"
+    assert questions[1].row == {"prompt": "And 1/4?", "solution": None, "more": [1]}
+    with pytest.raises(ValueError, match="no known layout"):
+        questions_of(rows, chat_tokenizer, tmp_path)
+
+
 def test_texts_far_too_long_are_not_tokenised(chat_tokenizer, tmp_path):
     rows = [
         {"problem": "p", "answer": "5", "solution": "a" * 100_000_000 + "\\boxed{5}"},
@@ -3189,6 +3247,210 @@ def test_a_worker_imports_neither_torch_nor_numpy():
 
 
 # --------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def asked_question(i: int, chat=False, **row) -> data.Question:
+    asked = [{"role": "user", "content": f"{i}?"}] if chat else f"Question: {i}?"
+    return data.Question(f"q/{i}", [1], "", None, row={"question": f"{i}?", **row}, asked=asked)
+
+
+def own_rewards(tmp_path, source: str, names: str, weights="", right_above=0.5):
+    """--reward with this file's functions."""
+    path = tmp_path / f"mine{len(list(tmp_path.iterdir()))}.py"
+    path.write_text(source)
+    reward = ",".join(f"{path}:{name}" for name in names.split(","))
+    return evaluation.load_rewards(reward, weights, right_above)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_reward_functions_are_called_as_trls_trainer_calls_them(chat, tmp_path):
+    source = """
+def all_of_it(prompts, completions, **columns):
+    seen.append(dict(columns, prompts=prompts, completions=completions))
+    return [0.0] * len(prompts)
+
+def some(question, completion_ids):
+    return [len(ids) + len(text) for ids, text in zip(completion_ids, question, strict=True)]
+
+class Counter:
+    def __call__(self, prompts, **columns):
+        return range(len(prompts))
+
+seen, counter = [], Counter()
+"""
+    rewards = own_rewards(tmp_path, source, "all_of_it,some,counter")
+    questions = [
+        asked_question(1, chat, metadata={"a": [1]}, prompt="x", prompts="y", completion="z"),
+        asked_question(22, chat, level=3),
+    ]
+    tokens = [[4], [5, 6]]
+    judged = evaluation.judge(questions, ["one", "two"], tokens, None, rewards)
+    [seen] = rewards.functions["all_of_it"].__globals__["seen"]
+    as_message = lambda role, text: [{"role": role, "content": text}]
+    assert seen == {
+        "prompts": [as_message("user", f"{i}?") if chat else f"Question: {i}?" for i in (1, 22)],
+        "completions": [as_message("assistant", t) if chat else t for t in ("one", "two")],
+        "completion_ids": tokens,
+        "question": ["1?", "22?"],
+        "metadata": [{"a": [1]}, None],
+        "level": [None, 3],
+    }
+    parts = [{"all_of_it": 0, "some": 3, "counter": 0}, {"all_of_it": 0, "some": 5, "counter": 1}]
+    assert judged == [("correct", 3.0, parts[0]), ("correct", 6.0, parts[1])]
+    assert evaluation.judge([], [], [], None, rewards) == []
+
+
+def test_a_reward_is_the_weighted_sum_of_what_was_judged(tmp_path):
+    """As TRL's: nansum over functions, and NaN only where all of them returned None."""
+    source = """
+import numpy, torch
+def a(prompts, **_): return [1, None, 0.25, None, True]
+def b(prompts, **_): return numpy.float32([2, 3, -1, numpy.nan, 0])[:0].tolist() + [2, 3, -1, None, None]
+def c(prompts, **_): return torch.tensor([0.5] * 5)
+def d(prompts, **_): return numpy.array([0.5] * 5)
+"""
+    questions, texts, tokens = [asked_question(i) for i in range(5)], [""] * 5, [[1]] * 5
+    judge = lambda *how: evaluation.judge(
+        questions, texts, tokens, None, own_rewards(tmp_path, source, *how)
+    )
+    judged = judge("a,b", "1,0.5", 0.75)
+    assert [verdict for verdict, _, _ in judged] == "correct correct wrong unjudged correct".split()
+    expected = [2.0, 1.5, -0.25, math.nan, 1.0]
+    assert [r for _, r, _ in judged] == pytest.approx(expected, nan_ok=True, abs=1e-12)
+    assert math.isnan(judged[1][2]["a"]) and judged[1][2]["b"] == 3
+    assert [verdict for verdict, _, _ in judge("a", "", 0.25)][2] == "wrong"  # above, not at it
+    assert {r for _, r, _ in judge("c,d")} == {1.0}
+
+
+WRONG_REWARDS = [  # what a function does with its prompts, and what the line says
+    ("1 / 0", "f: raised ZeroDivisionError: division by zero, of question q/0 and 3 other"),
+    ("None", "f: returned None, which is no list, of question q/0"),
+    ("0.5", "f: returned 0.5, which is no list"),
+    ("'1111'", "f: returned '1111', which is no list"),
+    ("[1.0] * 3", "f: returned 3 rewards for a batch of 1, of question q/0"),
+    ("[1.0] * (len(prompts) + 1)", "f: returned 2 rewards for a batch of 1, of question q/0"),
+    (
+        "[0.0 if '2?' not in p else float('nan') for p in prompts]",
+        "returned nan, no number, of question q/2",
+    ),
+    (
+        "[0.0 if '2?' not in p else float('-inf') for p in prompts]",
+        "returned -inf, no number, of question q/2",
+    ),
+    (
+        "[0.0 if '3?' not in p else '1.0' for p in prompts]",
+        "returned '1.0', no number, of question q/3",
+    ),
+    ("[10 ** 400 for p in prompts]", "f: raised OverflowError"),
+    ("[[1.0] for p in prompts]", "returned [1.0], no number, of question q/0"),
+    (
+        "[1 / ('1?' not in p) for p in prompts]",
+        "raised ZeroDivisionError: division by zero, of question q/1",
+    ),
+    ("[1 / ('3?' not in p) for p in prompts]", "division by zero, of question q/3"),
+    (
+        "[missing for p in prompts]",
+        "raised NameError: name 'missing' is not defined, of question q/0",
+    ),
+    (
+        "[exec('raise ValueError(\"two\\\\nlines\")') for p in prompts]",
+        "raised ValueError: two lines, of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("returned", "message"), WRONG_REWARDS)
+def test_what_a_reward_function_does_wrong_is_told_in_one_line(returned, message, tmp_path):
+    source = f"def f(prompts, **columns):\n    return {returned}\n"
+    if message.endswith("3 other"):  # a fault of all four together
+        source = source.replace("return", "return [0.0] * len(prompts) if len(prompts) < 4 else")
+    rewards = own_rewards(tmp_path, source, "f")
+    questions = [asked_question(i) for i in range(4)]
+    with pytest.raises(evaluation.RewardError) as error:
+        evaluation.judge(questions, ["r"] * 4, [[1]] * 4, None, rewards)
+    text = str(error.value)
+    assert text.startswith("--reward f: ") and message in text and "\n" not in text, text
+
+
+def test_files_that_cannot_be_imported_are_refused_and_one_is_run_once(tmp_path):
+    for source, message in (
+        ("def f(:", "SyntaxError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise KeyError('x')", "KeyError"),
+        ("f = 3", "has no function f"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            own_rewards(tmp_path, source, "f")
+        assert str(error.value).startswith("--reward ") and "\n" not in str(error.value)
+    (tmp_path / "neighbour_of_rewards.py").write_text("value = 3")
+    source = "import neighbour_of_rewards as n\nruns = []\nruns.append(n.value)\n"
+    source += "def f(prompts, **_): return runs\ndef g(prompts, **_): return runs\n"
+    rewards = own_rewards(tmp_path, source, "f,g")
+    [judged] = evaluation.judge([asked_question(1)], [""], [[]], None, rewards)
+    assert judged == ("correct", 6.0, {"f": 3, "g": 3})
+
+
+TRL_ROWS = [  # solution, response, and the rewards that each function's documentation promises
+    (r"$\frac{1}{3}$", r"<think>a</think> So \boxed{\frac{1}{3}}", [1, 1, 1, 0.75]),
+    (r"$\frac{1}{3}$", r"<think>a</think> So \boxed{\frac{1}{2}}", [0, 1, 0, -0.75]),
+    (r"$\frac{1}{3}$", r"So \boxed{\frac{1}{3}}", [1, 0, 0, 0.75]),
+    ("", r"<think>a</think> So \boxed{\frac{1}{3}}", [None, 1, None, None]),
+]
+
+
+def test_trls_own_functions_work_as_they_are(tmp_path):
+    pytest.importorskip("trl.rewards", reason="TRL is not installed")
+    source = """
+from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
+from trl.rewards import get_cosine_scaled_reward, get_repetition_penalty_reward
+cosine, repetition = get_cosine_scaled_reward(100), get_repetition_penalty_reward(2)
+"""
+    names = "accuracy_reward,think_format_reward,reasoning_accuracy_reward,cosine,repetition"
+    rewards = own_rewards(tmp_path, source, names)
+    questions = [asked_question(i, True, solution=row[0]) for i, row in enumerate(TRL_ROWS)]
+    tokens = [list(range(50)), list(range(50)), list(range(50)), [5] * 5]
+    judged = evaluation.judge(questions, [row[1] for row in TRL_ROWS], tokens, None, rewards)
+    for (_, _, found), (_, _, expected), repetition in zip(judged, TRL_ROWS, (0, 0, 0, -0.75)):
+        expected = [math.nan if value is None else value for value in [*expected, repetition]]
+        assert list(found.values()) == pytest.approx(expected, nan_ok=True)
+
+
+def test_evaluate_reports_the_mean_reward_and_the_share_above_the_threshold(tmp_path):
+    """Of samples 3 to 6, 4 to 7 and so on, a tenth each: those above 0.5, less 0.4 and 0.7."""
+    source = """
+def tenths(prompts, completions, **_):
+    return [None if text in ("[4]", "[7]") else int(text[1]) / 10 for text in completions]
+"""
+    rewards = own_rewards(tmp_path, source, "tenths")
+    questions = [asked_question(i) for i in range(9)]
+    detokenize = lambda tokens: f"[{tokens[0]}]"
+    rows = evaluation.evaluate(
+        SeedSampler(), questions, None, 4, 1.0, 8, 5, detokenize, rewards=rewards
+    )
+    accuracies, found = [], []
+    for row in rows:
+        digits = [int(text[1]) for text in row["response"]]
+        judged = [digit for digit in digits if digit not in (4, 7)]
+        expected = [None if digit in (4, 7) else digit / 10 for digit in digits]
+        assert row["reward"] == expected and row["verdict"].count("correct") <= len(judged)
+        accuracies.append(sum(digit > 5 for digit in judged) / len(judged))
+        found += [digit / 10 for digit in judged]
+        lines = [json.loads(line) for line in evaluation.question_lines(row).splitlines()]
+        assert [line["reward"] for line in lines] == expected
+    summary = evaluation.summarize(rows)
+    assert summary["avg"] == pytest.approx(statistics.fmean(accuracies))
+    assert summary["reward"] == pytest.approx(statistics.fmean(found))
+    assert summary["unjudged"] == pytest.approx(1 - len(found) / 36) and len(found) < 36
+    assert f"{summary['reward']:.3f}" in evaluation.table({"mine": summary})
+    for row in rows[1:]:
+        row |= {"verdict": ["unjudged"] * 4, "reward": [None] * 4}
+    assert evaluation.summarize(rows)["avg"] == pytest.approx(accuracies[0])
+    with pytest.raises(evaluation.RewardError, match="nothing was judged"):
+        evaluation.summarize(rows[1:])
+
+
+# --------------------------------------------------------------------------------------------------
 # Scores
 
 
@@ -3577,6 +3839,48 @@ def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert types_of(eval_model) == [torch.bfloat16, "bfloat16"]
     assert types_of(eval_model, "--dtype", "float32") == [torch.float32, "float32"]
+
+
+OWN_REWARD = """
+def digits(prompts, completions, tests, **columns):
+    assert columns["question"][0].endswith("?")
+    return [sum(c.isdigit() for c in text) / 12 - least for text, least in zip(completions, tests)]
+"""
+
+
+def test_an_evaluation_by_a_reward_function(eval_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(OWN_REWARD)
+    rows = [{"question": f"{i}?", "tests": i / 10} for i in range(3)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    command = [eval_model, "--bench", tmp_path / "rows.jsonl", "--k", 2, "--max-tokens", 12]
+    command += ["--temperature", 1, "--sampler", "torch", "--out", tmp_path / "out"]
+    own = ["--reward", f"{tmp_path}/mine.py:digits"]
+    assert "no known layout" in refused(monkeypatch, capsys, *command)
+    assert "FILE.py:NAME" in refused(monkeypatch, capsys, *command, "--reward", "x")
+    assert "--reward-weights 1,2" in refused(
+        monkeypatch, capsys, *command, *own, "--reward-weights", "1,2"
+    )
+    assert "--extract" in refused(monkeypatch, capsys, *command, *own, "--extract", "any")
+    assert "--right-above" in refused(monkeypatch, capsys, *command, "--right-above", 0.1)
+    assert "finite" in refused(monkeypatch, capsys, *command, *own, "--right-above", "nan")
+    write_rows(tmp_path / "rows.jsonl", [{"question": "1?"}])
+    assert "required positional argument: 'tests'" in refused(monkeypatch, capsys, *command, *own)
+
+    write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, command), *own, "--right-above", "0.25"])
+    assert evaluation.main() == 0
+    lines = response_lines(tmp_path / "out")
+    rewards = []
+    for line in map(json.loads, lines):
+        least = int(line["id"].rpartition("/")[2]) / 10
+        rewards.append(sum(c.isdigit() for c in line["response"]) / 12 - least)
+        assert line["reward"] == pytest.approx(rewards[-1])
+        assert line["verdict"] == ("correct" if rewards[-1] > 0.25 else "wrong")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    result = results[str(tmp_path / "rows.jsonl")]
+    assert len(rewards) == 6 and result["reward"] == pytest.approx(statistics.fmean(rewards))
+    assert result["avg"] == pytest.approx(sum(r > 0.25 for r in rewards) / 6)
+    assert " reward " in capsys.readouterr().out
 
 
 def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
@@ -4228,6 +4532,30 @@ def test_dry_run_refuses_what_a_run_would_refuse(dry_folder, monkeypatch):
     )
 
 
+def test_dry_run_shows_the_reward_of_the_first_demonstration(dry_folder, monkeypatch):
+    """Which the checker, that would drop the third row, has not judged."""
+    (dry_folder / "mine.py").write_text(
+        "def mine(completions, reward_model, **columns):\n"
+        "    golds = [cell['ground_truth'] if cell else '8' for cell in reward_model]\n"
+        "    return [len(c[0]['content']) + int(gold) for c, gold in zip(completions, golds)]\n"
+        "def none(prompts, **columns): return [None]\n"
+        "def wrong(prompts, **columns): return ['a']\n"
+        "def lacks(prompts, no_such_column): return [0]\n"
+    )
+    own = lambda *names: ",".join(f"{dry_folder}/mine.py:{name}" for name in names)
+    (dry_folder / "test.jsonl").write_text('{"question": "4 + 4?", "reward_model": null}\n')
+    flags = dry_flags(dry_folder, "--reward", own("mine", "none"))
+    text = mifo.dry_run(recipe_config(monkeypatch, *flags))
+    value = len("Two twos.\n</think>\n\\boxed{4}") + 4
+    assert f"\nreward     mine: {value}, of the demonstration below\n" in text
+    assert "\nreward     none: None, not judged, of the demonstration below\n" in text
+    assert "3 of 3 questions kept" in text and "answers " not in text
+    for name, message in (("wrong", "--reward wrong: returned 'a'"), ("lacks", "no_such_column")):
+        flags = dry_flags(dry_folder, "--reward", own(name))
+        with pytest.raises(ValueError, match=message):
+            mifo.dry_run(recipe_config(monkeypatch, *flags))
+
+
 def test_dry_run_as_a_command(dry_folder):
     environment = {
         **os.environ,
@@ -4397,7 +4725,29 @@ def make_folder(folder: Path) -> Path:
     shutil.copytree(folder / "embedded-base-0", folder / "embedded-base-1")
     tiny_model(folder / "other", 1)
     (folder / "empty.toml").write_text("")
+    functions = (graded, brief, faulty)
+    (folder / "rewards.py").write_text("import zlib\n" + "".join(map(inspect.getsource, functions)))
     return folder
+
+
+def graded(completions, answer, **kwargs):
+    """From 0 to 1 by the text; None for one in five."""
+    rewards = []
+    for text, gold in zip(completions, answer, strict=True):
+        number = zlib.crc32(f"{text} {gold}".encode())
+        rewards.append(None if number % 5 == 0 else number % 7 / 6)
+    return rewards
+
+
+def brief(prompts, completion_ids, question):
+    """Negative by the length; None for one in two."""
+    assert prompts == question
+    return [-len(ids) / 10 if ids[0] % 2 else None for ids in completion_ids]
+
+
+def faulty(completions, answer, **kwargs):
+    """Raises for one question of the sixteen."""
+    return [1 / (int(gold) - 77) for gold in answer]
 
 
 class StandInChecker:
@@ -4627,6 +4977,9 @@ RL_STEPS = {  # what a step is compared with the oracle in, whatever --micro-tok
     "tis": dict(tis_cap=2.0),
     "once": dict(gather_once=True, updates=2, kl_coef=0.5),
     "seed": dict(seed=1),  # all 16 questions in another order
+    "graded": dict(reward="rewards.py:graded", aggregation="sequence", normalize_std=True),
+    "weighed": dict(
+        reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5", mask_truncated=True),
 }
 SFT_STEPS = {
     "all": dict(rho=1.0),
@@ -4693,18 +5046,38 @@ def response_logprobs(model, prompt, response, temperature=1.0):
     return logp[torch.arange(len(response)), response], -(logp.exp() * logp).sum(-1)
 
 
+def rewards_of(cfg, question, group) -> list[float | None]:
+    """Of a question's samples; None: not judged."""
+    tokenizer = data.embedded_tokenizer()
+    texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
+    if not cfg.reward:
+        verdicts = StandInChecker().check(texts, [question.answer] * len(group), None)
+        return [float(verdict == "correct") for verdict in verdicts]
+    first = graded(texts, [question.answer] * len(group))
+    if "brief" not in cfg.reward:
+        return first
+    second = brief(0, [s.tokens for s in group], 0)
+    rewards = []
+    for a, b in zip(first, second):
+        judged = [x for x in (a, None if b is None else 0.5 * b) if x is not None]
+        rewards.append(sum(judged) if judged else None)
+    return rewards
+
+
 def rewarded_samples(cfg) -> list:
-    """(prompt, sample, advantage) of FixedSampler's responses to all questions, as drawn."""
-    questions, tokenizer, rows = sixteen_questions(), data.embedded_tokenizer(), []
+    """(prompt, sample, advantage) of FixedSampler's responses to all questions, as drawn; the
+    advantage of one that is not judged is None."""
+    questions, rows = sixteen_questions(), []
     for index in data.draw(16, cfg.seed, 0, 16):
         q = questions[index]
         [group] = FixedSampler().sample([q.prompt], 4, [0], 60, 1.0)
-        texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
-        verdicts = StandInChecker().check(texts, [q.answer] * 4, None)
-        rewards = [float(verdict == "correct") for verdict in verdicts]
-        scale = statistics.stdev(rewards) + 1e-6 if cfg.normalize_std else 1.0
+        rewards = rewards_of(cfg, q, group)
+        judged = [reward for reward in rewards if reward is not None]
+        alone = len(judged) < 2
+        scale = statistics.stdev(judged) + 1e-6 if cfg.normalize_std and not alone else 1.0
         for sample, reward in zip(group, rewards):
-            rows.append((q.prompt, sample, (reward - statistics.mean(rewards)) / scale))
+            advantage = None if reward is None else (reward - statistics.fmean(judged)) / scale
+            rows.append((q.prompt, sample, advantage))
     return rows
 
 
@@ -4720,6 +5093,7 @@ def rl_step_oracle(base: Path, settings: dict, old_by="trainer") -> list[dict]:
     for first in range(0, len(rows), size):
         batch = rows[first : first + size]
         batch = [row for row in batch if not (cfg.mask_truncated and row[1].truncated)]
+        batch = [row for row in batch if row[2] is not None]
         divisor = {
             "token": sum(len(sample.tokens) for _, sample, _ in batch),
             "sequence": len(batch),
@@ -5207,6 +5581,20 @@ def test_a_hard_question_stands_in_the_buffer_once_until_it_is_learnt(buffers):
             assert found == [hard, hard, again]
 
 
+def rewarded_response(prompt: list[int], token: int, reward: float) -> mifo.Response:
+    """Of one token, as if it had been sampled."""
+    return mifo.Response(
+        id="",
+        prompt=prompt,
+        tokens=[token],
+        rollout_logprobs=[-1.0],
+        truncated=False,
+        text="",
+        verdict="correct" if reward else "wrong",
+        reward=reward,
+    )
+
+
 @case(worlds=(1,))
 def buffer_at_exactly_p(folder):
     """The buffer, and the questions: of ten answers none, one, two and one are right.
@@ -5223,10 +5611,7 @@ def buffer_at_exactly_p(folder):
         responses = []
         for question, right in zip(questions, (0, 1, 2, 1)):
             for i in range(10):
-                verdict = "correct" if i < right else "wrong"
-                responses.append(
-                    mifo.Response("", question.prompt, [3], [-1.0], False, "", verdict)
-                )
+                responses.append(rewarded_response(question.prompt, 3, float(i < right)))
         return responses
 
     with pytest.MonkeyPatch.context() as patch:
@@ -5240,6 +5625,71 @@ def buffer_at_exactly_p(folder):
 def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_exactly_p):
     [(buffer, indices)] = buffer_at_exactly_p[1]
     assert buffer == indices[:2]
+
+
+@case()
+def graded_step(folder):
+    """What an RL step and an evaluation with a reward function of one's own leave behind."""
+    settings = dict(questions=16, p=0.4, right_above=0.3, buffer_size=16, probe_bound=1e9)
+    settings |= dict(evaluate="chain", eval_k=3, samples_logged=64)
+    settings |= dict(reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5")
+    run = open_run(folder / f"graded-step-{os.environ['WORLD_SIZE']}", **settings)
+    run.sampler = FixedSampler()
+    run.checker.check = None  # is not asked
+    mifo.rl_step(run)
+    step = dict(run.log)
+    mifo.evaluate(run)
+    return run.state.buffer, step, run.state.evals[0]["results"]["chain"], run.cfg.out
+
+
+def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
+    cfg = mifo.Config(reward="graded,brief")
+    questions, hard, groups, parts = sixteen_questions(), [], [], {"graded": [], "brief": []}
+    for index in data.draw(16, 0, 0, 16):
+        q = questions[index]
+        [group] = FixedSampler().sample([q.prompt], 4, [0], 60, 1.0)
+        rewards = rewards_of(cfg, q, group)
+        parts["graded"] += rewards_of(mifo.Config(reward="graded"), q, group)
+        parts["brief"] += brief(0, [s.tokens for s in group], 0)
+        groups.append(rewards)
+        right = [reward > 0.3 for reward in rewards if reward is not None]
+        if right and sum(right) / len(right) <= 0.4:
+            hard.append(index)
+    flat = [reward for rewards in groups for reward in rewards]
+    judged = [reward for reward in flat if reward is not None]
+    assert 0 < len(judged) < len(flat) and 2 < len(hard) < 14
+    for ranks in graded_step.values():
+        for buffer, log, result, _ in ranks:
+            assert buffer == hard
+            assert log["reward"] == pytest.approx(statistics.fmean(judged))
+            for name, values in parts.items():
+                known = [value for value in values if value is not None]
+                assert log[f"rewards/{name}"] == pytest.approx(statistics.fmean(known))
+            wrong = [all(r is None or r <= 0.3 for r in rewards) for rewards in groups]
+            assert log["groups/all_wrong"] == sum(wrong) / 16 > 0
+            assert log["answers/unjudged"] == 1 - len(judged) / 64
+            assert result == graded_step[1][0][2] and 0 < result["unjudged"] < 1
+        lines = json_lines(Path(ranks[0][3], "samples.jsonl"))
+        assert [line["reward"] for line in lines] == pytest.approx(flat)
+        assert [line["rewards"]["brief"] for line in lines] == pytest.approx(parts["brief"])
+        assert {line["verdict"] for line in lines} == {"correct", "wrong", "unjudged"}
+
+
+@case()
+def reward_fails(folder):
+    """Why a run ends whose reward function fails at one question: one rank's, of two."""
+    run = open_run(folder / "reward-fails", questions=16, reward="rewards.py:faulty")
+    run.sampler = FixedSampler()
+    with pytest.raises(mifo.Stopped) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo, "push_weights", lambda run: None)
+        mifo.train(run)
+    return str(error.value)
+
+
+def test_a_reward_function_that_fails_ends_the_run_on_all_ranks(reward_fails):
+    expected = "after step 0: --reward faulty: raised ZeroDivisionError: division by zero, of "
+    for ranks in reward_fails.values():
+        assert ranks == [f"{expected}question train-15"] * len(ranks)
 
 
 @case(worlds=(1,))
@@ -5297,11 +5747,8 @@ def shares_of_updates(folder):
 
     def answers(run, questions):
         responses = []
-        for i, verdict in enumerate(
-            "wrong correct wrong wrong correct wrong correct wrong".split()
-        ):
-            prompt = questions[i // 2].prompt
-            responses.append(mifo.Response("", prompt, [i], [-1.0], False, "", verdict))
+        for i, reward in enumerate([0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0]):
+            responses.append(rewarded_response(questions[i // 2].prompt, i, reward))
         return responses
 
     with pytest.MonkeyPatch.context() as patch:
@@ -6360,6 +6807,17 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
     ("--eval-every 5 --evaluate=", "--eval-every"),
     ("--eval-sft-phases --eval-every 0 --evaluate=", "--eval-sft-phases"),
+    # rewards
+    ("--reward x.py", "FILE.py:NAME"), ("--reward /no/such.py:f", "/no/such.py"),
+    ("--reward=,", "--reward"), (f"--reward {ROOT}/losses.py:no_such", "no_such"),
+    (f"--reward {ROOT}/losses.py:math", "math"), ("--right-above 0.4", "--right-above"),
+    ("--reward-weights 1", "--reward-weights"),
+    (f"--reward {ROOT}/losses.py:sft_loss,{ROOT}/losses.py:sft_loss", "one name"),
+    (f"--reward {ROOT}/losses.py:sft_loss --reward-weights 1,2", "--reward-weights 1,2"),
+    (f"--reward {ROOT}/losses.py:sft_loss --reward-weights x", "--reward-weights x"),
+    (f"--reward {ROOT}/losses.py:sft_loss --reward-weights nan", "--reward-weights nan"),
+    (f"--reward {ROOT}/losses.py:sft_loss --extract any", "--extract"),
+    (f"--reward {ROOT}/losses.py:sft_loss --require-think", "--require-think"),
     # model, data, folders
     ("--model x", "--data"), ("--data x/y", "--model"), ("--out /dev/null", "--out"),
     ("--model x --data /no/such.jsonl", "/no/such.jsonl"),
@@ -6890,6 +7348,15 @@ def test_the_readmes_rows_can_be_checked():
             "unparsed",
             "unparsed",
         ]
+
+
+def test_the_readmes_reward_function_judges(tmp_path):
+    near = own_rewards(tmp_path, readme_block("Your own reward", "python"), "near")
+    responses = ["12 less 4: 8", "about 6", "no idea", "9" * 5000]
+    questions = [asked_question(i, True, answer="8") for i in range(4)]
+    judged = evaluation.judge(questions, responses, [[1]] * 4, None, near)
+    assert [reward for _, reward, _ in judged] == pytest.approx([1, 1 / 3, 0, 0])
+    assert [verdict for verdict, _, _ in judged] == ["correct", "wrong", "wrong", "wrong"]
 
 
 def test_the_readmes_methods_differ_from_mifo_in_the_flags_of_their_row(monkeypatch):

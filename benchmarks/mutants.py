@@ -25,12 +25,16 @@ LIMIT = 600  # seconds a run of tests may take; a mutant that hangs has been not
 MUTANTS = {
     "losses.py": [
         ("group_advantages", [
-            ("rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean(0, keepdim=True)"),
-            ("rewards - rewards.mean(1, keepdim=True)", "rewards.mean(1, keepdim=True) - rewards"),
-            ("rewards.std(1, keepdim=True)", "rewards.std(1, keepdim=True, correction=0)"),
-            ("keepdim=True) + 1e-6)", "keepdim=True) + 1e-5)"),
+            ("rewards - rewards.nanmean(1, keepdim=True)", "rewards - rewards.nanmean()"),
+            ("rewards - rewards.nanmean(1, keepdim=True)", "rewards - rewards.mean(1, keepdim=True)"),
+            ("rewards - rewards.nanmean(1, keepdim=True)", "rewards.nanmean(1, keepdim=True) - rewards"),
+            ("freedom = judged.sum(1, keepdim=True) - 1", "freedom = judged.sum(1, keepdim=True)"),
+            ("freedom = judged.sum(1, keepdim=True) - 1", "freedom = rewards.shape[1] - 1"),
+            ("(variance.sqrt() + 1e-6)", "(variance.sqrt() + 1e-5)"),
             ("    if normalize_std:", "    if not normalize_std:"),
-            ("return advantages.masked_fill(all_equal, 0.0)", "return advantages"),
+            ("masked_fill(all_equal | ~judged, 0.0)", "masked_fill(~judged, 0.0)"),
+            ("masked_fill(all_equal | ~judged, 0.0)", "masked_fill(all_equal, 0.0)"),
+            ("((rewards == one) | ~judged).all(", "(rewards == one).all("),
         ]),
         ("test_grpo or test_gspo", [
             ("ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  #",
@@ -223,8 +227,6 @@ MUTANTS = {
             ('"token": sum(len(r.tokens) for r in counted)', '"token": len(counted)'),
             ('"sequence": len(counted),', '"sequence": len(responses),'),
             ("len(counted) * cfg.max_response", "len(counted)"),
-            ("counted = [r for r in responses if not (cfg.mask_truncated and r.truncated)]",
-             "counted = responses"),
             ("advantages[i] = rows[row].advantage", "advantages[i] = rows[i].advantage"),
             ("part.old if cfg.updates > 1 else logprobs.detach()", "logprobs.detach()"),
             ('per_sequence=cfg.aggregation == "sequence"', "per_sequence=False"),
@@ -238,8 +240,10 @@ MUTANTS = {
             ("(loss * run.world / divisor).backward()", "(loss * run.world).backward()"),
             ("run.policy(part.tokens, part.mask, cfg.temperature)  # [B, T-1] each",
              "run.policy(part.tokens, part.mask, 1.0)"),
-            ("return response.advantage != 0 and not", "return not"),
-            ("not (cfg.mask_truncated and response.truncated)", "True"),
+            ("return response.advantage != 0 and counts", "return counts"),
+            ("counted = [r for r in responses if counts(cfg, r)]", "counted = responses"),
+            (" or cfg.mask_truncated and response.truncated)", ")"),
+            ("not (math.isnan(response.reward) or ", "not ("),
             ("            find_old_logprobs(run, responses)", "            pass"),
             ('            batch["mask"][:] = False', "            pass"),
             ("last=i + 1 == len(rounds)", "last=False"),
@@ -300,7 +304,7 @@ MUTANTS = {
              'return cfg.schedule == "interleave" and cfg.freeze == "strict"'),
         ]),
         ("questions_and_buffer or hard_question or exactly_p or engine_sleeps or its_share "
-         "or behavior_model_is_freed or queues_its_epochs", [  # rl_step, train
+         "or behavior_model_is_freed or queues_its_epochs or graded_reward", [  # rl_step, train
             ('if cfg.schedule in ("sft", "sft-then-rl"):  #', 'if cfg.schedule == "sft":  #'),
             (">= cfg.buffer_size:", "> cfg.buffer_size:"),
             ("                state.buffer = []", "                pass"),
@@ -314,7 +318,10 @@ MUTANTS = {
             ("hard = accuracy <= cfg.p", "hard = accuracy >= cfg.p"),
             (" and question.demonstration is not None", ""),
             ("if hard and index not in state.buffer:", "if hard:"),
-            ("rewards.double().mean(1)", "rewards.mean(1)"),
+            ("rewards.view(-1, cfg.samples)", "rewards.view(cfg.samples, -1).T"),
+            ("(rewards > cfg.right_above).double()", "(rewards > cfg.right_above).float()"),
+            ("(rewards > cfg.right_above)", "(rewards > 0.5)"),
+            (".masked_fill(rewards.isnan(), math.nan)", ""),
             ("advantages.flatten().tolist()", "advantages.T.flatten().tolist()"),
             ("    run.sampler.sleep()\n    with run.timed(\"rl\")", "    with run.timed(\"rl\")"),
             ("        run.sampler.sleep()\n    questions", "        pass\n    questions"),
@@ -399,6 +406,18 @@ MUTANTS = {
         ]),
     ],
     "eval.py": [
+        ("called_as_trls or weighted_sum or told_in_one_line or run_once or mean_reward", [
+            ("for w, v in zip(rewards.weights, values) if not math.isnan(v)]",
+             "for w, v in zip(rewards.weights, values)]"),
+            ("reward = sum(terms) if terms else math.nan", "reward = sum(terms)"),
+            ("reward > rewards.right_above", "reward >= rewards.right_above"),
+            ('known.pop(name, None)', 'pass'),
+            ("if len(rewards) == len(samples):", "if True:"),
+            ("        if None not in rewards:", "        if True:"),
+            ("        call_reward(name, function, samples[half:])", "        pass"),
+            ("return number if math.isfinite(number) else None", "return number"),
+            ('row["verdict"].count("unjudged")\n', '0\n'),
+        ]),
         ("pass_at_k", [
             ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c and 1 <= k <= n):"),
             ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c <= n and 0 <= k <= n):"),

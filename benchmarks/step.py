@@ -143,6 +143,7 @@ def responses(run, batch: list) -> list:
                 truncated=False,
                 text="",
                 verdict="correct",
+                reward=1.0,
                 advantage=advantage,
             )
         )

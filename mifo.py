@@ -33,9 +33,11 @@ import faulthandler
 import fcntl
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import textwrap
@@ -547,6 +549,8 @@ class Config(Settings):
     eval_sft_phases: bool = option(RUN, False, "evaluate around each SFT phase: what is forgotten?", may_change=True)
     eval_k: int = option(RUN, 1, "responses per question in evaluations", "[1, inf)")
     eval_temperature: float = option(RUN, 0.6, "of sampling in evaluations; 0: greedy", "[0, inf)")
+    track: Literal["off", "tensorboard", "wandb", "trackio"] = option(
+        RUN, "off", "a package, if it is installed, that gets what metrics.jsonl gets", may_change=True)
     samples_logged: int = option(RUN, 4, "responses in samples.jsonl per RL step", "[0, inf)", may_change=True)
     check_limit: float = option(RUN, 5.0, "seconds for checking one answer, else timeout", "(0, inf)", may_change=True)
     step_limit: float = option(
@@ -589,6 +593,7 @@ class Run:
     clock: float = 0.0  # when the current step began
     plotted: float = 0.0  # when the pictures were drawn last
     bar: tqdm | None = None  # of progress, on a terminal
+    tracker: object = None  # of --track, on rank 0
 
     @contextmanager
     def timed(self, phase: str):
@@ -1216,6 +1221,8 @@ def log_step(run: Run, phase: str) -> None:
         return
     with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(line) + "\n")
+    if run.tracker is not None:
+        track(run, line)
     run.reward = line.get("reward", run.reward)
     text = (
         f"{phase.upper():3} reward {run.reward:.2f}  buffer {len(state.buffer)}/{cfg.buffer_size}  "
@@ -1531,6 +1538,61 @@ def draw_forgetting(out: str) -> None:
         for label in axis.legend(fontsize=8).get_texts():
             label.set_parse_math(False)
     save_figure(figure, Path(out, "forgetting.png"))
+
+
+def open_tracker(cfg: Config):
+    """What --track names, on rank 0, else None. Raises ValueError if it cannot begin.
+
+    A resumed run goes on as the same run of wandb or trackio: by the name in the file `tracker`.
+    """
+    if cfg.track == "off" or os.environ["RANK"] != "0":
+        return None
+    try:
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter(Path(cfg.out, "tensorboard"))
+        mark = Path(cfg.out, "tracker")
+        if not mark.exists():
+            mark.write_text(f"{mark.resolve().parent.name}-{secrets.token_hex(4)}")
+        name = mark.read_text()
+        more = {"id": name[-8:], "dir": cfg.out} if cfg.track == "wandb" else {}
+        package = importlib.import_module(cfg.track)
+        return package.init(project="mifo", name=name, resume="allow", config=asdict(cfg), **more)
+    except Exception as error:  # whatever a package of others may raise
+        raise ValueError(f"--track {cfg.track}: {type(error).__name__}: {error}") from None
+
+
+def track(run: Run, line: dict) -> None:
+    """The numbers of a line of metrics.jsonl; evaluation's are evaluation/BENCHMARK."""
+    numbers = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{key}": number for key, number in value.items()}
+        elif not isinstance(value, str):
+            numbers[name] = value
+    with tracking(run):
+        if run.cfg.track == "tensorboard":
+            for name, value in numbers.items():
+                run.tracker.add_scalar(name, value, line["step"])
+        else:
+            run.tracker.log(numbers, step=line["step"])
+
+
+@contextmanager
+def tracking(run: Run):
+    """What a tracker raises is said, and the run goes on without it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: --track {run.cfg.track}: {error}: it gets nothing more, metrics.jsonl does")
+        run.tracker = None
+
+
+def close_tracker(run: Run) -> None:
+    if run.tracker is not None:
+        with tracking(run):
+            run.tracker.close() if run.cfg.track == "tensorboard" else run.tracker.finish()
 
 
 def summary(run: Run) -> str:
@@ -2222,6 +2284,11 @@ def check_config(cfg: Config, world: int) -> None:
             bool(cfg.data) or getattr(cfg, name) == getattr(Config, name),
             f"{flag(name)} goes with --data; the embedded task has its own",
         )
+    package = None if cfg.track == "off" else importlib.util.find_spec(cfg.track)
+    must(
+        cfg.track == "off" or (package is not None and package.origin is not None),
+        f"--track {cfg.track}: the package {cfg.track} is not installed: pip install {cfg.track}",
+    )
     check_file("--data", cfg.data)
     evaluation.check_reward_flags(cfg)
     reward_functions(cfg)
@@ -2327,7 +2394,9 @@ def main() -> int:
                 say("", dry_run(cfg))
             return 0
         lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
+        tracker = open_tracker(cfg)
         run = set_up(cfg)
+        run.tracker = tracker
         if found:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
@@ -2365,7 +2434,10 @@ def run_to_end(run: Run, resumed: bool) -> int:
     if resumed and run.sampler is not None:
         push_weights(run)
         run.log.clear()  # a run that was never interrupted did not do this now
-    stop = train(run)
+    try:
+        stop = train(run)
+    finally:  # for main() ends the process where it stands
+        close_tracker(run)
     faulthandler.cancel_dump_traceback_later()
     if run.bar is not None:
         run.bar.close()

@@ -7,8 +7,9 @@ data.py                Batches; The embedded task; Data
 rollout.py             Which sampler; The sampler's choice of a token
 eval.py                Checking answers; Rewards; Scores; Benchmarks and the command line
 benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
-mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Pictures;
-                       Samplers; Real questions; Faults; Settings; Schedules and presets; A GPU
+mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Pictures and
+                       trackers; Samplers; Real questions; Faults; Settings; Schedules and presets;
+                       A GPU
 README.md              The README's snippets
 """
 
@@ -6041,7 +6042,7 @@ def test_resumed_on_another_number_of_ranks(
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures
+# Pictures and trackers
 
 # fmt: off
 PLACES = {  # parameters as several architectures name them -> (layer, kind)
@@ -6272,6 +6273,105 @@ def test_what_an_sft_phase_changed_by_hand(tmp_path):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"eval_k": 4}))
     assert mifo.around_sft_phases(run)[0]["lost"] == pytest.approx(2 / 20)
+
+
+def tracked_run(out: Path, package: str) -> types.SimpleNamespace:
+    """As much of a run as a tracker needs."""
+    out.mkdir(exist_ok=True)
+    cfg = mifo.Config(track=package, out=str(out))
+    return types.SimpleNamespace(cfg=cfg, tracker=mifo.open_tracker(cfg))
+
+
+TRACKED = [  # lines of metrics.jsonl, and what a tracker gets of them
+    (
+        {"step": 1, "phase": "rl", "reward": 0.25, "evaluation": {"chain": 0.5, "chain 3": 1.0}},
+        {"step": 1, "reward": 0.25, "evaluation/chain": 0.5, "evaluation/chain 3": 1.0},
+    ),
+    ({"step": 2, "phase": "sft", "sft/loss": math.nan}, {"step": 2, "sft/loss": math.nan}),
+]
+
+PACKAGE = """
+import json, pathlib
+
+class Run:
+    def __init__(self, out): self.out = out
+    def note(self, *call): self.out.open("a").write(json.dumps(call) + chr(10))
+    def log(self, numbers, step): self.note("log", numbers, step)
+    def finish(self): self.note("finish")
+
+def init(project, name, resume, config, id=None, dir=None):
+    if config["seed"] == 13: raise RuntimeError("no key")
+    run = Run(pathlib.Path(config["out"], "calls"))
+    run.note("init", project, name, resume, id, dir)
+    return run
+"""
+
+
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_a_tracker_gets_what_metrics_get_and_goes_on_when_resumed(
+    package, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / f"{package}.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert mifo.parse_config([f"--track={package}"]).track == package
+    for _ in range(2):
+        run = tracked_run(tmp_path / "out", package)
+        for line, _ in TRACKED:
+            mifo.track(run, line)
+        mifo.close_tracker(run)
+    calls = json_lines(tmp_path / "out" / "calls")
+    assert calls[:4] == calls[4:]
+    [kind, project, name, resume, key, folder], *logged, last = calls[:4]
+    assert (kind, project, resume, last) == ("init", "mifo", "allow", ["finish"])
+    assert re.fullmatch("out-[0-9a-f]{8}", name)
+    assert (key, folder) == (
+        (name[-8:], str(tmp_path / "out")) if package == "wandb" else (None,) * 2
+    )
+    for call, (line, expected) in zip(logged, TRACKED):
+        assert repr(call) == repr(["log", expected, line["step"]])  # NaN is not equal to itself
+    # What it raises is said, before the run an error, within it a warning.
+    cfg = mifo.Config(track=package, out=str(tmp_path / "out"), seed=13)
+    with pytest.raises(ValueError, match=f"--track {package}: RuntimeError: no key"):
+        mifo.open_tracker(cfg)
+    run.tracker.log = lambda *args, **more: 1 / 0
+    mifo.track(run, TRACKED[0][0])
+    assert run.tracker is None and "warning: --track" in capsys.readouterr().out
+    mifo.close_tracker(run)
+    monkeypatch.setenv("RANK", "1")
+    assert mifo.open_tracker(cfg) is None
+
+
+def test_tensorboard_gets_what_metrics_get(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("RANK", "0")
+    run = tracked_run(tmp_path / "out", "tensorboard")
+    for line, _ in TRACKED:
+        mifo.track(run, line)
+    mifo.close_tracker(run)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    found = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            found.setdefault(event.step, {})[name] = event.value
+    assert repr([found[1][k] for k in TRACKED[0][1]]) == repr(
+        list(map(float, TRACKED[0][1].values()))
+    )
+    assert found[2].keys() == TRACKED[1][1].keys()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for package in ("tensorboard", "wandb", "trackio"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        (tmp_path / package).mkdir()  # as wandb leaves it in the folder it ran in: no package
+        named = f"--track {package}: the package {package} is not installed: pip install {package}"
+        check_refused([f"--track={package}"], named, monkeypatch)
 
 
 # --------------------------------------------------------------------------------------------------

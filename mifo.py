@@ -32,15 +32,20 @@ import datetime
 import faulthandler
 import fcntl
 import hashlib
+import html
+import importlib.util
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import textwrap
 import time
 import tomllib
 import typing
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -310,14 +315,15 @@ def begin_sft(run: Run, indices: list[int]) -> None:
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
             group = run.mesh.get_group("shard")
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
+        log_movement(run, "rl")
         set_anchor(run)  # what optimizer_step puts frozen entries back to
-        log_frozen_share(run)
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.sft_phases)
     for _ in range(cfg.sft_epochs):
         order = torch.randperm(len(indices), generator=generator).tolist()
         shuffled = [indices[i] for i in order]
         for start in range(0, len(shuffled), cfg.sft_batch):
             state.sft_queue.append(shuffled[start : start + cfg.sft_batch])
+    log_demonstrations(run)
     state.sft_phases += 1
     state.demonstrations += indices
 
@@ -342,11 +348,14 @@ def sft_step(run: Run) -> None:
             weights = None
             if cfg.pear != "off":
                 weights = pear_weights(cfg, logprobs, theirs, part.mask)  # [B, T-1]
-                sums["pear_weight"] += weights.sum().item() / sum(lengths)
+                sums.update(pear_shares(cfg, weights, part.mask, sum(lengths)))  # adds
             loss = losses.sft_loss(logprobs, mask, weights)
             (loss * run.world / selected).backward()  # as in rl_update
             report_not_finite(run, loss, logprobs, [questions[row].id for row in part.rows])
             sums["loss"] += loss.item() / selected
+            sums["nll"] -= logprobs.sum().item() / sum(lengths)
+            sums["entropy"] += entropy.sum().item() / sum(lengths)
+            sums["chosen_entropy"] += entropy[mask].sum().item() / selected
         sums = sum_over_ranks(run, sums)
         run.log |= {f"sft/{name}": value for name, value in sums.items()}
         run.optimizers["sft"].param_groups[0]["lr"] = sft_learning_rate(cfg, state)
@@ -356,6 +365,7 @@ def sft_step(run: Run) -> None:
 
 def end_sft(run: Run) -> None:
     """Thaw and start the next RL phase. Both optimizers keep their moments over the phases."""
+    log_movement(run, "sft")
     run.state.threshold = math.inf
     set_anchor(run)  # from here the next RL phase's movement is measured
     if run.cfg.schedule != "interleave":  # the stage is over for good: nothing but weights goes on
@@ -371,6 +381,7 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     parameters = list(run.policy.parameters())
     freezing = which == "sft" and run.state.threshold < math.inf
     if freezing:
+        whole_norm = gradient_norm(parameters).item()
         freeze.zero_frozen_gradients(local_gradients(parameters), frozen_masks(run))
     norm = gradient_norm(parameters)
     run.log[f"{which}/grad_norm"] = norm.item()
@@ -388,6 +399,8 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
         look = freeze.restore_frozen if strict else freeze.largest_movement  # either measures
         moved = look(run.shards, frozen_masks(run), run.anchor)
         run.log["sft/frozen_movement"] = max_over_ranks(run, moved)  # before it was put back
+        free = (norm.item() / whole_norm) ** 2 if whole_norm else 1.0
+        run.log["sft/frozen_gradient_share"] = 1 - free  # by chance: the share that is frozen
 
 
 def frozen_masks(run: Run) -> Iterator[Tensor]:
@@ -536,6 +549,8 @@ class Config(Settings):
     eval_sft_phases: bool = option(RUN, False, "evaluate around each SFT phase: what is forgotten?", may_change=True)
     eval_k: int = option(RUN, 1, "responses per question in evaluations", "[1, inf)")
     eval_temperature: float = option(RUN, 0.6, "of sampling in evaluations; 0: greedy", "[0, inf)")
+    track: Literal["off", "tensorboard", "wandb", "trackio"] = option(
+        RUN, "off", "a package, if it is installed, that gets what metrics.jsonl gets", may_change=True)
     samples_logged: int = option(RUN, 4, "responses in samples.jsonl per RL step", "[0, inf)", may_change=True)
     check_limit: float = option(RUN, 5.0, "seconds for checking one answer, else timeout", "(0, inf)", may_change=True)
     step_limit: float = option(
@@ -576,8 +591,9 @@ class Run:
     signal: int = 0  # that asked this rank to stop
     reward: float = 0.0  # of the last RL step, for the line of progress
     clock: float = 0.0  # when the current step began
-    plotted: float = 0.0  # when plot.png was drawn last
+    plotted: float = 0.0  # when the pictures were drawn last
     bar: tqdm | None = None  # of progress, on a terminal
+    tracker: object = None  # of --track, on rank 0
 
     @contextmanager
     def timed(self, phase: str):
@@ -785,6 +801,17 @@ def pear_weights(cfg: Config, logprobs: Tensor, behavior: Tensor, mask: Tensor) 
     )
 
 
+def pear_shares(cfg: Config, weights: Tensor, mask: Tensor, tokens: int) -> dict[str, float]:
+    """Of PEAR's weights [B, T-1] the mean, and the shares that are clipped: this micro-batch's part
+    in those over all tokens of the step."""
+    logs, rounding = weights[mask].log(), 1e-4
+    return {
+        "pear_weight": weights.sum().item() / tokens,
+        "pear_at_floor": (logs < cfg.pear_weight_low + rounding).sum().item() / tokens,
+        "pear_at_cap": (logs > cfg.pear_weight_high - rounding).sum().item() / tokens,
+    }
+
+
 def sft_learning_rate(cfg: Config, state: State) -> float:
     """Constant, or over the whole stage: 10 % warm-up, then a cosine down to a tenth."""
     if cfg.sft_schedule == "constant":
@@ -949,19 +976,122 @@ def evaluate(run: Run) -> None:
 # What a run leaves behind
 
 
+LOGS = (  # a line of each has its step, to which --resume cuts them back
+    "metrics.jsonl",
+    "samples.jsonl",
+    "evaluations.jsonl",
+    "movement.jsonl",
+    "demonstrations.jsonl",
+)
+
+
 def say(*lines: str) -> None:
     """Prints on rank 0."""
     if int(os.environ["RANK"]) == 0:
         print(*lines, sep="\n", flush=True)
 
 
-def log_frozen_share(run: Run) -> None:
-    frozen = sum(mask.count_nonzero().item() for mask in frozen_masks(run))
-    entries = sum(c.numel() for c in run.importance)
-    counts = sum_over_ranks(run, {"frozen": frozen, "entries": entries})
-    run.log["sft/frozen_share"] = counts["frozen"] / counts["entries"]
-    if counts["frozen"] == 0:
-        say("warning: nothing is frozen in this SFT phase, for RL has not moved any parameter yet")
+def place_of(name: str) -> tuple[str, str]:
+    """(layer, kind) of a parameter: model.layers.3.mlp.up_proj.weight is (model.layers.3,
+    mlp.up_proj). Further numbers, as those of experts, become *; without a layer the kind is "".
+    """
+    parts = name.removesuffix(".weight").split(".")
+    end = 1 + next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    kind = ["*" if part.isdigit() else part for part in parts[end:]]
+    return ".".join(parts[:end]), ".".join(kind)
+
+
+@torch.no_grad()
+def log_movement(run: Run, phase: Literal["rl", "sft"]) -> None:
+    """How far a phase has moved each kind of matrix of each layer, for movement.jsonl.
+
+    To be called where the phase ends, before the anchor moves: at an RL phase's end the threshold
+    is already that of the SFT phase that follows. `moved` is the mean |theta - anchor|.
+    """
+    if not run.importance:
+        return
+    names = [name for name, _ in run.policy.model.named_parameters()]
+    sums = {}
+    for name, now, then, mask in zip(names, run.shards, run.anchor, frozen_masks(run)):
+        moved = (now.to(then.device) - then).abs_().sum().item()
+        found = [now.numel(), mask.count_nonzero().item(), moved]
+        place = place_of(name)
+        sums[place] = sums.get(place, 0) + torch.tensor(found, dtype=torch.float64)
+    sums = sum_over_ranks(run, sums)
+    layers = {}
+    for (layer, kind), found in sums.items():
+        entries, frozen, moved = found.tolist()
+        shares = {"frozen": frozen / entries, "moved": moved / entries}
+        entries = round(entries) // run.cfg.replicas
+        layers.setdefault(layer, {})[kind] = {"entries": entries, **shares}
+    entries, frozen, moved = sum(sums.values()).tolist()
+    run.log[f"{phase}/movement"] = moved / entries
+    if phase == "rl":
+        run.log["sft/frozen_share"] = frozen / entries
+        if frozen == 0:
+            text = "nothing is frozen in this SFT phase, for RL has not moved any parameter yet"
+            say(f"warning: {text}")
+    append_line(run, "movement.jsonl", {"phase": phase, "layers": layers})
+
+
+SHOWN, SHOWN_TOKENS = 2, 400  # demonstrations of each SFT phase that are pictured, and their length
+
+
+@torch.no_grad()
+def log_demonstrations(run: Run) -> None:
+    """What an SFT phase will learn from its first demonstrations, for demonstrations.jsonl: each
+    token's text and entropy before the phase, and whether it is chosen."""
+    if run.sampler is not None:
+        run.sampler.sleep()
+    questions = [run.questions[index] for index in run.state.sft_queue[0][:SHOWN]]
+    found = []
+    for part in micro_batches(run, [(q.prompt, q.demonstration) for q in questions]):
+        _, entropy = run.policy(part.tokens, part.mask, 1.0)  # [B, T-1]
+        chosen = losses.top_entropy_mask(entropy, part.mask, run.cfg.rho)  # [B, T-1]
+        for row, mine, values, picked in zip(part.rows, part.mask, entropy, chosen):
+            found.append((row, values[mine].tolist(), picked[mine].int().tolist()))
+    for row, entropy, chosen in sorted(gather(run, found)):
+        tokens = questions[row].demonstration
+        line = {
+            "id": questions[row].id,
+            "all_tokens": len(tokens),
+            "all_chosen": sum(chosen),
+            "texts": token_texts(run.tokenizer, tokens[:SHOWN_TOKENS]),
+            "entropy": [round(value, 4) for value in entropy[:SHOWN_TOKENS]],
+            "chosen": chosen[:SHOWN_TOKENS],
+        }
+        append_line(run, "demonstrations.jsonl", line)
+
+
+def token_texts(tokenizer, tokens: list[int]) -> list[str]:
+    """What each token adds to the text. A character of several tokens stands at its last one; those
+    before it are a middle dot each.
+      bytes of "né" by three tokens  n, C3, A9 -> ["n", "·", "é"]
+    """
+
+    def decode(start: int, end: int) -> str:
+        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return tokenizer.decode(tokens[start:end], **plain)
+
+    texts, start, done = [], 0, 0  # text is shown up to `done`; `start` gives it its left neighbour
+    for end in range(1, len(tokens) + 1):
+        text = decode(start, end)[len(decode(start, done)) :]
+        if text.endswith("\ufffd") and end - done < 4 and end < len(tokens):
+            texts.append("·")
+        else:
+            texts.append(text)
+            start, done = done, end
+    return texts
+
+
+def append_line(run: Run, name: str, values: dict) -> None:
+    """A line of one of LOGS in the course of a step, on rank 0."""
+    if run.rank != 0:
+        return
+    state = run.state
+    line = {"step": state.step + 1, "rl_steps": state.rl_steps, "sft_phases": state.sft_phases}
+    with open(Path(run.cfg.out, name), "a") as file:
+        file.write(json.dumps(line | values) + "\n")
 
 
 def log_responses(
@@ -1070,7 +1200,7 @@ def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[i
             "demonstrations": len(state.demonstrations),
             "benches": benches,
         }
-        with open(Path(run.cfg.out, "evaluations.jsonl"), "a" if state.step else "w") as file:
+        with open(Path(run.cfg.out, "evaluations.jsonl"), "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
@@ -1091,6 +1221,8 @@ def log_step(run: Run, phase: str) -> None:
         return
     with open(Path(cfg.out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(line) + "\n")
+    if run.tracker is not None:
+        track(run, line)
     run.reward = line.get("reward", run.reward)
     text = (
         f"{phase.upper():3} reward {run.reward:.2f}  buffer {len(state.buffer)}/{cfg.buffer_size}  "
@@ -1107,7 +1239,7 @@ def log_step(run: Run, phase: str) -> None:
     elif phase == "rl" and (state.rl_steps % 10 == 0 or state.rl_steps == cfg.steps):
         say(f"step {state.rl_steps}/{cfg.steps}  {text}  {state.seconds['all']:.0f} s")
     if now - run.plotted > 300:  # drawing takes longer than a small model's step
-        plot(cfg.out)
+        draw_pictures(cfg.out)
         run.plotted = time.perf_counter()
 
 
@@ -1128,18 +1260,47 @@ PANELS = (  # of plot.png, beside the accuracy: title, and the metrics drawn wit
 )
 
 
-def plot(out: str) -> None:
-    """plot.png from metrics.jsonl: PANELS, and the accuracy of each evaluation by level."""
+def draw_pictures(out: str) -> None:
+    """A run's pictures from the logs in its folder. One that cannot be drawn ends no run."""
+    for picture in (plot, draw_frozen, draw_demonstrations, draw_forgetting):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of characters that no font has
+                picture(out)
+        except Exception as error:
+            print(f"warning: {picture.__name__}: {type(error).__name__}: {error}", flush=True)
+
+
+def read_log(out: str, name: str) -> list[dict]:
+    path = Path(out, name)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    return plt
+
+
+def save_figure(figure, path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=110)
+    pyplot().close(figure)
+    part.replace(path)
+
+
+def plot(out: str) -> None:
+    """plot.png from metrics.jsonl: PANELS, and the accuracy of each evaluation by level."""
+    plt = pyplot()
+
     def draw(axis, lines, metric, label, step="rl_steps", **style):
         points = [(line[step], line[metric]) for line in lines if metric in line]
         axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
 
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(out, "metrics.jsonl")
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     reward, accuracy, lengths, engine = axes.flat
     for axis, (title, metrics) in zip((reward, lengths, engine), PANELS):
@@ -1162,9 +1323,276 @@ def plot(out: str) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    figure.savefig(Path(out, "plot.part.png"), dpi=110)
-    plt.close(figure)
-    Path(out, "plot.part.png").replace(Path(out, "plot.png"))
+    save_figure(figure, Path(out, "plot.png"))
+
+
+def draw_frozen(out: str) -> None:
+    """frozen.png from movement.jsonl: of the last SFT phase that ended the frozen share of each
+    layer and kind of matrix, and how far the RL phase before it and itself moved them."""
+    lines = read_log(out, "movement.jsonl")
+    if len(lines) > 1 and lines[-1]["phase"] == "rl":  # the SFT phase after it has not ended
+        lines.pop()
+    if not lines:
+        return
+    rl, *sft = lines[-2:]  # without an SFT line as yet: RL's alone
+    layers = rl["layers"]
+    alone = [layer for layer, kinds in layers.items() if list(kinds) == [""]]  # embeddings, head
+    rows = [layer for layer in layers if layer not in alone]
+    kinds = list(dict.fromkeys(kind for row in rows for kind in layers[row])) or [""]
+    gap = [""] if rows and alone else []
+    labels = rows + gap + alone
+
+    def grid(line: dict, what: str) -> list[list[float]]:
+        """[row][kind]; what stands alone has one value in the whole row, and a gap before it."""
+        table = []
+        for label in labels:
+            row, nothing = line["layers"].get(label, {}), {what: math.nan}
+            names = [""] * len(kinds) if label in alone else kinds
+            table.append([row.get(name, nothing)[what] for name in names])
+        return table
+
+    def mean(line: dict, what: str) -> float:
+        places = [place for row in line["layers"].values() for place in row.values()]
+        total = sum(place["entries"] * place[what] for place in places)
+        return total / sum(place["entries"] for place in places)
+
+    panels = [("frozen in the SFT phase", rl, "frozen"), ("moved by RL before it", rl, "moved")]
+    panels += [("moved by SFT", line, "moved") for line in sft]
+    plt = pyplot()
+    from matplotlib import colors
+
+    size = (1.5 + len(panels) * max(2.5, 0.4 * len(kinds)), 3.2 + 0.22 * len(labels))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True)
+    for axis, (title, line, what) in zip(axes, panels):
+        whole = mean(line, what)
+        if what == "frozen":  # white: as much as of the whole model
+            centre = min(max(whole, 1e-6), 1 - 1e-6)
+            scale = {"cmap": "RdBu_r", "norm": colors.TwoSlopeNorm(centre, 0, 1)}
+        else:  # grey: nothing has moved
+            scale = {"cmap": "viridis", "norm": "log" if whole > 0 else None}
+        image = axis.imshow(grid(line, what), aspect="auto", **scale)
+        axis.set(title=f"{title}: {whole:.2g}", facecolor="0.85")
+        axis.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=8, parse_math=False)
+        named = [i for i, label in enumerate(labels) if label]
+        axis.set_yticks(named, filter(None, labels), fontsize=8, parse_math=False)
+        bar = figure.colorbar(image, ax=axis)
+        if what == "moved":
+            bar.set_ticks(image.get_clim(), labels=[f"{end:.1e}" for end in image.get_clim()])
+            bar.minorticks_off()
+    figure.suptitle(
+        f"SFT phase {rl['sft_phases'] + 1}, after RL step {rl['rl_steps']}", fontsize=10
+    )
+    save_figure(figure, Path(out, "frozen.png"))
+
+
+def visible(text: str) -> str:
+    """Every character as one that can be seen, but for the space: a line's end is an arrow."""
+    shown = []
+    for c in text.replace("\n", "↵"):
+        shown.append(c if c.isprintable() else c.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8"><title>What SFT learns</title>
+<style>
+body {{ font: 15px/1.9 monospace; max-width: 60em; margin: 2em auto }}
+p {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+b {{ border-bottom: 3px solid #06c }}
+</style>
+<h1>What SFT learns</h1>
+<p>Demonstrations of SFT phase {phase}. The darker a token, the less certain the model was of it
+before the phase: by its entropy, up to {top:.2f} nats. Point at a token to read it. SFT learns the
+bold, underlined ones.</p>
+"""
+
+
+def draw_demonstrations(out: str) -> None:
+    """demonstrations.html and .png from demonstrations.jsonl: those of the last SFT phase."""
+    lines = read_log(out, "demonstrations.jsonl")
+    if not lines:
+        return
+    lines = [line for line in lines if line["step"] == lines[-1]["step"]]
+    phase = lines[0]["sft_phases"] + 1
+    top = max(max(line["entropy"], default=0.0) for line in lines) or 1.0
+    page = PAGE.format(phase=phase, top=top)
+    for line in lines:
+        title = f"{line['id']}: {line['all_chosen']} of {line['all_tokens']} tokens"
+        page += f"<h2>{html.escape(visible(title))}</h2>\n<p>"
+        for text, entropy, chosen in zip(line["texts"], line["entropy"], line["chosen"]):
+            mark = "b" if chosen else "span"
+            colour = f"rgba(240,120,0,{0.8 * entropy / top:.2f})"
+            page += f'<{mark} style="background:{colour}" title="{entropy:.2f}">'
+            page += html.escape(visible(text)).replace("↵", "↵\n") + f"</{mark}>"
+        left = line["all_tokens"] - len(line["texts"])
+        page += f" … {left:,} more</p>\n" if left else "</p>\n"
+    write_whole(Path(out, "demonstrations.html"), page)
+    explained = f"SFT phase {phase}. Darker: higher entropy before it, up to {top:.2f} nats; "
+    draw_tokens(lines, top, explained + "underlined: chosen", Path(out, "demonstrations.png"))
+
+
+def draw_tokens(lines: list[dict], top: float, title: str, path: Path) -> None:
+    """The tokens of lines of demonstrations.jsonl in their columns, a letter a column."""
+    width, most = 100, 14  # columns, and rows of a demonstration
+    places, row = [], 0  # (row, column, columns, text, entropy, chosen)
+    for line in lines:
+        places.append((row, 0, 0, visible(line["id"])[:width], 0.0, 0))
+        row, column, end = row + 1, 0, row + most
+        for text, *rest in zip(line["texts"], line["entropy"], line["chosen"]):
+            text = visible(text)[:width]
+            wide = [unicodedata.east_asian_width(letter) in "WF" for letter in text]
+            columns = len(text) + sum(wide)
+            if column + columns > width:
+                row, column = row + 1, 0
+            if row > end:
+                break
+            places.append((row, column, columns, text, *rest))
+            row, column = (row + 1, 0) if text.endswith("↵") else (row, column + columns)
+        row = min(row, end) + 2
+
+    plt = pyplot()
+    size = 9  # points; a letter of the font is 0.602 of it wide
+    figure = plt.figure(figsize=((width + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72))
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-1, width + 1), ylim=(row - 0.5, -2))
+    axis.set_axis_off()
+    text = dict(fontsize=size, family="monospace", va="center", parse_math=False)
+    axis.text(0, -1.2, title, **text | {"family": "sans-serif"})
+    rows, starts, columns, texts, entropies, chosen = zip(*places)
+    shades = [(0.94, 0.47, 0.0, min(1.0, 0.8 * entropy / top)) for entropy in entropies]
+    axis.barh(rows, columns, 0.95, starts, color=shades)
+    for y, x, n, word, _, is_chosen in places:
+        axis.text(x, y, word, **text, weight="bold" if is_chosen or n == 0 else "normal")
+        if is_chosen:
+            axis.plot([x + 0.1, x + n - 0.1], [y + 0.45] * 2, color="#0066cc", linewidth=2)
+    save_figure(figure, path)
+
+
+def around_sft_phases(out: str) -> list[dict]:
+    """What each SFT phase that was evaluated before and after changed, the phases in order.
+
+    Shares of all answers: "before", "after" {benchmark: right}, "lost" and "gained" over all of
+    them; "entropy": of a sampled token in the RL steps before and after, NaN if there is none.
+    """
+    eval_k = json.loads(Path(out, "config.json").read_text())["eval_k"]
+    entropies = {}
+    for line in read_log(out, "metrics.jsonl"):
+        if "rl/entropy" in line:
+            entropies[line["rl_steps"]] = line["rl/entropy"]
+    phases, lines = [], read_log(out, "evaluations.jsonl")
+    for before, after in zip(lines, lines[1:]):
+        rl_steps = before["rl_steps"]
+        if after["rl_steps"] != rl_steps or after["sft_steps"] == before["sft_steps"]:
+            continue
+        then, now, answers = [], [], 0
+        for name, bench in before["benches"].items():
+            then += bench["correct"]
+            now += after["benches"][name]["correct"]
+            answers += eval_k * len(bench["correct"])
+        kept = sum(map(min, then, now))
+        phase = {
+            "number": after["sft_phases"],
+            "entropy": [entropies.get(rl_steps, math.nan), entropies.get(rl_steps + 1, math.nan)],
+            "lost": (sum(then) - kept) / answers,
+            "gained": (sum(now) - kept) / answers,
+        }
+        for when, line in (("before", before), ("after", after)):
+            phase[when] = {name: bench["avg"] for name, bench in line["benches"].items()}
+        phases.append(phase)
+    return phases
+
+
+def draw_forgetting(out: str) -> None:
+    """forgetting.png: what around_sft_phases finds."""
+    phases = around_sft_phases(out)
+    if not phases:
+        return
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4), layout="constrained")
+    accuracy, exchanged, entropy = axes
+    numbers = [phase["number"] for phase in phases]
+
+    def path(axis, pairs: list, label: str, colour: str) -> None:
+        """Each phase's two values joined by a line, and dots across the RL phases between."""
+        xs = [x for number in numbers for x in (number - 0.2, number + 0.2)]
+        ys = [y for pair in pairs for y in pair]
+        axis.plot(xs, ys, ":", color=colour, alpha=0.5)
+        for i in range(0, len(xs), 2):
+            axis.plot(xs[i : i + 2], ys[i : i + 2], "-", color=colour, linewidth=2)
+            axis.plot(xs[i], ys[i], "o", color=colour, markerfacecolor="white")
+        axis.plot(xs[1::2], ys[1::2], "o", color=colour, label=label)
+
+    for i, name in enumerate(phases[0]["before"]):
+        pairs = [(phase["before"][name], phase["after"][name]) for phase in phases]
+        path(accuracy, pairs, name, f"C{i}")
+    for sign, what, colour in ((1, "gained", "C2"), (-1, "lost", "C3")):
+        shares = [sign * phase[what] for phase in phases]
+        exchanged.bar(numbers, shares, 0.4, color=colour, label=what, zorder=2)
+    exchanged.axhline(0, color="black", linewidth=0.8)
+    path(entropy, [phase["entropy"] for phase in phases], "of a sampled token", "C4")
+    accuracy.set(title="accuracy before (hollow) and after (full)", ylim=(-0.02, 1.02))
+    exchanged.set(title="right answers gained and lost, share of all")
+    entropy.set(title="entropy in the RL step before and after, nats")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="SFT phase")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        for label in axis.legend(fontsize=8).get_texts():
+            label.set_parse_math(False)
+    save_figure(figure, Path(out, "forgetting.png"))
+
+
+def open_tracker(cfg: Config):
+    """What --track names, on rank 0, else None. Raises ValueError if it cannot begin.
+
+    A resumed run goes on as the same run of wandb or trackio: by the name in the file `tracker`.
+    """
+    if cfg.track == "off" or os.environ["RANK"] != "0":
+        return None
+    try:
+        if cfg.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return SummaryWriter(Path(cfg.out, "tensorboard"))
+        mark = Path(cfg.out, "tracker")
+        if not mark.exists():
+            mark.write_text(f"{mark.resolve().parent.name}-{secrets.token_hex(4)}")
+        name = mark.read_text()
+        more = {"id": name[-8:], "dir": cfg.out} if cfg.track == "wandb" else {}
+        package = importlib.import_module(cfg.track)
+        return package.init(project="mifo", name=name, resume="allow", config=asdict(cfg), **more)
+    except Exception as error:  # whatever a package of others may raise
+        raise ValueError(f"--track {cfg.track}: {type(error).__name__}: {error}") from None
+
+
+def track(run: Run, line: dict) -> None:
+    """The numbers of a line of metrics.jsonl; evaluation's are evaluation/BENCHMARK."""
+    numbers = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}/{key}": number for key, number in value.items()}
+        elif not isinstance(value, str):
+            numbers[name] = value
+    with tracking(run):
+        if run.cfg.track == "tensorboard":
+            for name, value in numbers.items():
+                run.tracker.add_scalar(name, value, line["step"])
+        else:
+            run.tracker.log(numbers, step=line["step"])
+
+
+@contextmanager
+def tracking(run: Run):
+    """What a tracker raises is said, and the run goes on without it."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: --track {run.cfg.track}: {error}: it gets nothing more, metrics.jsonl does")
+        run.tracker = None
+
+
+def close_tracker(run: Run) -> None:
+    if run.tracker is not None:
+        with tracking(run):
+            run.tracker.close() if run.cfg.track == "tensorboard" else run.tracker.finish()
 
 
 def summary(run: Run) -> str:
@@ -1394,7 +1822,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
     if rng in names:
         torch.set_rng_state(tensors[rng])
     if run.rank == 0:
-        for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl"):
+        for name in LOGS:
             cut_back(Path(run.cfg.out, name), run.state.step)
 
 
@@ -1856,6 +2284,11 @@ def check_config(cfg: Config, world: int) -> None:
             bool(cfg.data) or getattr(cfg, name) == getattr(Config, name),
             f"{flag(name)} goes with --data; the embedded task has its own",
         )
+    package = None if cfg.track == "off" else importlib.util.find_spec(cfg.track)
+    must(
+        cfg.track == "off" or (package is not None and package.origin is not None),
+        f"--track {cfg.track}: the package {cfg.track} is not installed: pip install {cfg.track}",
+    )
     check_file("--data", cfg.data)
     evaluation.check_reward_flags(cfg)
     reward_functions(cfg)
@@ -1961,7 +2394,9 @@ def main() -> int:
                 say("", dry_run(cfg))
             return 0
         lock = lock_folder(cfg)  # noqa: F841  held as long as this file is open
+        tracker = open_tracker(cfg)
         run = set_up(cfg)
+        run.tracker = tracker
         if found:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
@@ -1988,6 +2423,8 @@ def run_to_end(run: Run, resumed: bool) -> int:
     cfg = run.cfg
     if run.rank == 0:
         write_whole(Path(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+        for name in () if resumed else LOGS:  # of a run that did not live to the end of a step
+            Path(cfg.out, name).unlink(missing_ok=True)
         if sys.stderr.isatty():
             done = run.state.rl_steps
             run.bar = tqdm(total=cfg.steps, initial=done, unit="step", dynamic_ncols=True)
@@ -1997,12 +2434,15 @@ def run_to_end(run: Run, resumed: bool) -> int:
     if resumed and run.sampler is not None:
         push_weights(run)
         run.log.clear()  # a run that was never interrupted did not do this now
-    stop = train(run)
+    try:
+        stop = train(run)
+    finally:  # for main() ends the process where it stands
+        close_tracker(run)
     faulthandler.cancel_dump_traceback_later()
     if run.bar is not None:
         run.bar.close()
     if run.rank == 0:
-        plot(cfg.out)
+        draw_pictures(cfg.out)
     return stop
 
 

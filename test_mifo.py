@@ -7,8 +7,9 @@ data.py                Batches; The embedded task; Data
 rollout.py             Which sampler; The sampler's choice of a token
 eval.py                Checking answers; Rewards; Scores; Benchmarks and the command line
 benchmarks, recipes    Comparing runs; Recipes and presets; The memory plan
-mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Samplers;
-                       Real questions; Faults; Settings; Schedules and presets; A GPU
+mifo.py                The dry run; The loop; Gradients; What is frozen; Checkpoints; Pictures and
+                       trackers; Samplers; Real questions; Faults; Settings; Schedules and presets;
+                       A GPU
 README.md              The README's snippets
 """
 
@@ -19,6 +20,7 @@ import copy
 import dataclasses
 import fnmatch
 import functools
+import html.parser
 import inspect
 import io
 import itertools
@@ -4801,7 +4803,7 @@ def stand_ins() -> None:
     data.embedded_questions = lambda tokenizer, name, terms, _: embedded(tokenizer, name, terms, 16)
     evaluation.Checker = StandInChecker
     dist.init_process_group = lambda *args, **more: dist.is_initialized() or init(*args, **more)
-    mifo.plot = lambda *args, **more: None
+    mifo.draw_pictures = lambda *args, **more: None
     transformers.utils.logging.disable_progress_bar()  # a traceback would drown in them
 
 
@@ -5337,7 +5339,9 @@ def frozen_steps(folder):
         for key in ("exp_avg", "exp_avg_sq"):
             moments = [run.optimizers["sft"].state[p][key].to_local() for p in parameters]
             found[key] = whole(run, moments)
-        steps.append(found | {"norm": run.log["sft/grad_norm"]})
+        logged = {"norm": run.log["sft/grad_norm"]}
+        logged["share"] = run.log["sft/frozen_gradient_share"]
+        steps.append(found | logged)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mifo, "optimizer_step", recorded_step)
@@ -5362,6 +5366,8 @@ def test_what_is_frozen_counts_neither_in_the_clip_nor_in_the_moments(frozen_ste
             )
             assert raw > 1.05 * norm > 1.05 * 0.05  # the clip bites; the frozen would count
             assert step["norm"] == pytest.approx(norm, rel=1e-5)
+            assert step["share"] == pytest.approx(1 - (norm / raw) ** 2, abs=1e-5)
+            assert 0.05 < step["share"] < 0.95
             for n, w in weights.items():
                 w.grad = gradients[n] * 0.05 / (norm + 1e-6)
             adam.step()
@@ -5373,6 +5379,22 @@ def test_what_is_frozen_counts_neither_in_the_clip_nor_in_the_moments(frozen_ste
                     expected = adam.state[w][key]
                     assert (step[key][n] - expected).abs().max() <= 1e-4 * expected.abs().max()
                 torch.testing.assert_close(step["weights"][n].double(), w.data, rtol=0, atol=1e-6)
+
+
+@case()
+def no_gradient(folder):
+    """What a step without any gradient logs as the frozen entries' share of it."""
+    run = open_run(folder / "no-gradient")
+    move_weights(run)
+    mifo.begin_sft(run, [0])
+    for p in run.policy.parameters():
+        p.grad = torch.zeros_like(p)
+    mifo.optimizer_step(run, "sft", 1.0, 0.0)
+    return run.log["sft/frozen_gradient_share"]
+
+
+def test_frozen_entries_have_no_share_of_a_gradient_of_zero(no_gradient):
+    assert no_gradient == {1: [0.0], 2: [0.0, 0.0]}
 
 
 @case()
@@ -5403,14 +5425,17 @@ def importance_by_phase(folder):
         patch.setattr(mifo, "begin_sft", recorded_begin)
         patch.setattr(mifo, "end_sft", recorded_end)
         mifo.train(run)
-    return [phase for phase in phases if "sft ends" in phase]
+    phases = [phase for phase in phases if "sft ends" in phase]
+    mifo.barrier(run)
+    return phases, json_lines(folder / "phases" / "movement.jsonl"), metrics_of(folder / "phases")
 
 
 def test_importance_is_measured_from_the_end_of_the_sft_phase_before(importance_by_phase):
     for ranks in importance_by_phase.values():
-        assert len(ranks[0]) >= 3
-        expected = {n: torch.zeros_like(w) for n, w in ranks[0][0]["rl begins"].items()}
-        for phase in ranks[0]:
+        phases, _, _ = ranks[0]
+        assert len(phases) >= 3
+        expected = {n: torch.zeros_like(w) for n, w in phases[0]["rl begins"].items()}
+        for phase in phases:
             for n in expected:
                 moved = (phase["rl ends"][n] - phase["rl begins"][n]).abs()
                 expected[n] = 0.7 * expected[n] + moved
@@ -5421,6 +5446,32 @@ def test_importance_is_measured_from_the_end_of_the_sft_phase_before(importance_
                 assert torch.equal(phase["anchor then"][n], phase["sft ends"][n])
             assert phase["threshold"] < phase["threshold then"] == math.inf
             assert distance(phase["sft ends"], phase["rl ends"]) > 1e-3  # or this shows little
+
+
+def test_movement_is_that_of_each_phase_by_layer_and_kind(importance_by_phase):
+    for ranks in importance_by_phase.values():
+        phases, lines, metrics = ranks[0]
+        assert len(lines) >= 2 * len(phases)
+        for i, phase in enumerate(phases):
+            frozen = {n: c > phase["threshold"] for n, c in phase["importance"].items()}
+            moves = (("rl", "rl begins", "rl ends"), ("sft", "rl ends", "sft ends"))
+            for line, (which, start, end) in zip(lines[2 * i :], moves):
+                assert line["phase"] == which and line["sft_phases"] == i + (which == "sft")
+                moved = {n: (phase[end][n] - phase[start][n]).abs().double() for n in frozen}
+                checked = 0
+                for n in frozen:  # of the tiny model each is alone in its place
+                    _, layer, kind = re.fullmatch(r"((model\.layers\.\d+)\.)?(.+)", n).groups()
+                    kind = kind.removesuffix(".weight")
+                    place = line["layers"][layer][kind] if layer else line["layers"][kind][""]
+                    assert place["entries"] == frozen[n].numel()
+                    assert place["frozen"] == frozen[n].double().mean().item()
+                    assert place["moved"] == pytest.approx(moved[n].mean().item(), rel=1e-5)
+                    checked += 1
+                assert checked == sum(map(len, line["layers"].values()))
+                [metric] = [m for m in metrics if m["step"] == line["step"]]
+                entries = sum(m.numel() for m in moved.values())
+                mean = sum(m.sum().item() for m in moved.values()) / entries
+                assert metric[f"{which}/movement"] == pytest.approx(mean, rel=1e-5)
 
 
 # fmt: off
@@ -5872,6 +5923,8 @@ def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> 
         assert all(code in expected for code in codes), (codes, outputs(folder, world))
         assert step < 0 or -signal.SIGKILL in codes
 
+    (folder / "straight").mkdir()  # a run left it that had not ended its first step
+    (folder / "straight" / "movement.jsonl").write_text('{"step": 1}\n')
     launch("straight", samplers=samplers)
     lines = [{}, *metrics_of(folder / "straight")]  # lines[s]: of step s
     phases = [line.get("phase") for line in lines]
@@ -5899,7 +5952,7 @@ def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> 
     assert of_kind(a, "rl/exp_avg/")
     a, b = checkpoint_state(straight[-1]), checkpoint_state(killed[-1])
     assert a | {"seconds": 0} == b | {"seconds": 0}
-    for name in ("samples.jsonl", "evaluations.jsonl"):
+    for name in mifo.LOGS[1:]:
         assert (folder / "straight" / name).read_text() == (folder / "killed" / name).read_text()
     check_evaluations(folder / "straight")
     assert [line["step"] for line in lines[1:]] == list(range(1, len(lines)))
@@ -5986,6 +6039,339 @@ def test_resumed_on_another_number_of_ranks(
     steps = [[(x["step"], x["phase"], x["buffer"]) for x in metrics] for metrics in lines]
     assert steps[0] == steps[1]
     assert lines[0][:5] == lines[1][:5]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and trackers
+
+# fmt: off
+PLACES = {  # parameters as several architectures name them -> (layer, kind)
+    "model.layers.3.self_attn.q_proj.weight": ("model.layers.3", "self_attn.q_proj"),
+    "model.layers.12.self_attn.q_proj.bias": ("model.layers.12", "self_attn.q_proj.bias"),
+    "model.layers.0.mlp.experts.17.up_proj.weight": ("model.layers.0", "mlp.experts.*.up_proj"),
+    "transformer.h.5.ln_1.weight": ("transformer.h.5", "ln_1"),
+    "model.language_model.layers.1.mlp.experts.gate_up_proj":
+        ("model.language_model.layers.1", "mlp.experts.gate_up_proj"),
+    "model.embed_tokens.weight": ("model.embed_tokens", ""),
+    "lm_head.weight": ("lm_head", ""),
+    "model.norm.bias": ("model.norm.bias", ""),
+}
+# fmt: on
+
+
+def test_parameters_are_placed_by_layer_and_kind():
+    assert {name: mifo.place_of(name) for name in PLACES} == PLACES
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_shown_demonstrations_are_the_first_that_a_phase_learns(mifo_run, world):
+    """Entropy and choice from the weights where the phase began; with what its first step logs."""
+    out = mifo_run[world][0]
+    lines, metrics = json_lines(out / "demonstrations.jsonl"), metrics_of(out)
+    questions, tokenizer = sixteen_questions(), data.embedded_tokenizer()
+    phases = sft_phases(out)
+    assert len(lines) >= 2 * len(phases) >= 4
+    for number, (first, *_) in enumerate(phases):
+        state = checkpoint_state(first)
+        batch = state["sft_queue"][0]
+        shown = lines[2 * number : 2 * number + 2]
+        assert len(batch) == 2 and [line["step"] for line in shown] == [state["step"]] * 2
+        model, every, taken, nll = float_model(first / "model"), [], [], 0.0
+        for line, index in zip(shown, batch):
+            q = questions[index]
+            n = len(q.demonstration)
+            with torch.no_grad():
+                logprobs, entropy = response_logprobs(model, q.prompt, q.demonstration)
+            chosen = sorted(range(n), key=lambda i: -entropy[i].item())[: math.ceil(0.2 * n - 1e-9)]
+            assert line["id"] == q.id and line["all_tokens"] == n
+            assert [i for i in range(n) if line["chosen"][i]] == sorted(chosen)
+            assert line["all_chosen"] == len(chosen)
+            assert line["entropy"] == pytest.approx(entropy.tolist(), abs=1e-4)
+            assert "".join(line["texts"]) == tokenizer.decode(q.demonstration)
+            every += entropy.tolist()
+            taken += entropy[chosen].tolist()
+            nll -= logprobs.sum().item()
+        step = metrics[state["step"]]
+        assert step["phase"] == "sft" and step["step"] == state["step"] + 1
+        assert step["sft/entropy"] == pytest.approx(np.mean(every), rel=1e-5)
+        assert step["sft/chosen_entropy"] == pytest.approx(np.mean(taken), rel=1e-5)
+        assert step["sft/nll"] == pytest.approx(nll / len(every), rel=1e-5)
+
+
+def test_a_character_of_several_tokens_is_shown_at_its_last():
+    tokenizer = bpe_tokenizer()
+    texts = "né €: 漢字 \U0001f642\n<|im_end|>\ufffd!"
+    tokens = tokenizer(texts, add_special_tokens=False).input_ids
+    shown = mifo.token_texts(tokenizer, tokens)
+    assert len(shown) == len(tokens)
+    assert "".join(text for text in shown if text != "·") == texts
+    for (
+        text
+    ) in "é€漢字\U0001f642":  # each of its bytes is a token: none of them was in the training
+        place = [text in piece for piece in shown].index(True)
+        assert shown[place - 1] == "·", text
+    assert "<|im_end|>" in shown
+    # Bytes that are no text at all hide no token and end.
+    rng = random.Random(0)
+    noise = rng.choices(range(len(tokenizer)), k=300)
+    shown = mifo.token_texts(tokenizer, noise)
+    assert len(shown) == 300 and max(map(len, "".join(shown).split("·"))) > 3
+    longest = max(len(list(run)) for dot, run in itertools.groupby(shown, "·".__eq__) if dot)
+    assert longest <= 3
+
+
+def test_words_keep_the_space_before_them():
+    """Where a decoder drops the first word's, as SentencePiece's does."""
+    raw = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
+    raw.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert mifo.token_texts(tokenizer, [0, 1, 2, 0]) == ["a", " b", "c", " a"]
+
+
+@pytest.mark.parametrize("variant", ["token", "block", "sequence"])
+def test_pears_shares_at_floor_and_cap(variant):
+    logprobs, behavior, mask = pear_rows()
+    cfg = mifo.Config(pear=variant, pear_weight_low=-0.25, pear_weight_high=0.15, pear_gamma=0.9)
+    settings = (variant, cfg.pear_gamma, cfg.pear_block, (-0.08, 0.3))
+    free = pear_oracle_of_rows(logprobs, behavior, mask, *settings, None)[mask].log()
+    weights = mifo.pear_weights(cfg, logprobs, behavior, mask)
+    tokens = 3 * int(mask.sum())  # of the whole step
+    shares = mifo.pear_shares(cfg, weights, mask, tokens)
+    assert shares["pear_weight"] == pytest.approx(
+        free.clamp(-0.25, 0.15).exp().sum().item() / tokens
+    )
+    low, high = ((free < -0.25).sum().item(), (free > 0.15).sum().item())
+    assert (shares["pear_at_floor"], shares["pear_at_cap"]) == (low / tokens, high / tokens)
+    assert 0 < low < low + high < len(free)
+    cfg = dataclasses.replace(cfg, pear_weight_low=-math.inf, pear_weight_high=math.inf)
+    shares = mifo.pear_shares(cfg, free.exp()[None], torch.ones(1, len(free)).bool(), tokens)
+    assert (shares["pear_at_floor"], shares["pear_at_cap"]) == (0, 0)
+
+
+class Page(html.parser.HTMLParser):
+    """What a page shows of tokens: (text, title, whether it is marked)."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tokens, self.tags, self.inside = [], set(), None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag in ("b", "span"):
+            self.inside = ["", dict(attributes)["title"], tag == "b"]
+
+    def handle_data(self, text):
+        if self.inside:
+            self.inside[0] += text
+
+    def handle_endtag(self, tag):
+        if tag in ("b", "span"):
+            self.tokens.append(tuple(self.inside))
+            self.inside = None
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "$\\frac{",
+    "$x^$",
+    "&amp;",
+    '"',
+    "\n",
+    "\x00",
+    "\u202e",
+    "漢",
+]
+
+
+def pictured_run(folder: Path) -> Path:
+    """A run's folder with what pictures are drawn from, hostile texts included."""
+    compare_run(folder, COMPARED, seed=0, eval_k=1)
+    lines = []
+    for rl_steps in range(1, 11):
+        line = {"step": rl_steps, "phase": "rl", "rl_steps": rl_steps, "rl/entropy": 0.1 * rl_steps}
+        lines.append(line | {"reward": 0.5, "engine/mean_difference": 1e-6})
+    write_lines(folder / "metrics.jsonl", lines)
+    place = {"entries": 8, "frozen": 0.5, "moved": 1e-4}
+    layers = {f"model.layers.{i}": {"q": place, "$k$": place | {"moved": 0.0}} for i in range(3)}
+    layers |= {"model.layers.3": {"other": place}, "lm_head": {"": place}}
+    kinds = ("rl", "sft", "rl")
+    numbered = [{"step": 4, "rl_steps": 4, "sft_phases": 0, "phase": kind} for kind in kinds]
+    write_lines(folder / "movement.jsonl", [line | {"layers": layers} for line in numbered])
+    texts = HOSTILE * 50
+    line = {"step": 4, "rl_steps": 4, "sft_phases": 0, "id": "<b>$", "texts": texts}
+    line |= {"all_tokens": 1000, "all_chosen": 300, "chosen": [1, 0, 0] * 150}
+    old = line | {"step": 1, "texts": ["old"] * len(texts)}
+    shown = line | {"entropy": [i / 450 for i in range(450)]}
+    write_lines(folder / "demonstrations.jsonl", [old | {"entropy": [9.0] * 450}, shown, shown])
+    return folder
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+PICTURES = ("plot.png", "frozen.png", "demonstrations.png", "forgetting.png")
+
+
+def test_pictures_are_redrawn_from_a_folder(tmp_path, monkeypatch, capsys):
+    run = pictured_run(tmp_path / "run")
+    compare_main(monkeypatch, run, "--redraw")
+    said = capsys.readouterr().out
+    assert "warning" not in said and all(str(run / name) in said for name in PICTURES)
+    assert all(plt_image(run / name) for name in PICTURES)
+    assert not list(run.glob("*.part*"))
+    text = (run / "demonstrations.html").read_text()
+    page = Page(text)
+    assert page.tags == {"meta", "title", "style", "h1", "h2", "p", "b", "span"}
+    assert "http" not in text and "&lt;b&gt;$: 300 of 1000 tokens" in text and "550 more" in text
+    visible = [*HOSTILE[:5], "↵\n", "\\x00", "\\u202e", "漢"]
+    assert [text for text, _, _ in page.tokens] == visible * 100
+    assert [marked for *_, marked in page.tokens] == [True, False, False] * 300
+    assert page.tokens[449][1] == "1.00"
+
+
+def test_a_run_draws_what_it_has_and_a_damaged_log_costs_one_picture(tmp_path, monkeypatch, capsys):
+    run = pictured_run(tmp_path / "run")
+    (run / "movement.jsonl").unlink()  # as with --freeze off
+    (run / "demonstrations.jsonl").write_text("{")
+    write_lines(run / "evaluations.jsonl", [])  # as without --evaluate
+    mifo.draw_pictures(run)
+    said = capsys.readouterr().out
+    assert said.startswith("warning: draw_demonstrations: ") and said.count("\n") == 1
+    assert sorted(path.name for path in run.glob("*.png")) == ["plot.png"]
+    with pytest.raises(SystemExit) as stop:
+        compare_main(monkeypatch, tmp_path, "--redraw")
+    assert stop.value.code == 2 and "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_an_sft_phase_that_has_not_ended_is_pictured_by_rl_alone(tmp_path):
+    run = pictured_run(tmp_path / "run")
+    lines = json_lines(run / "movement.jsonl")
+    for place in lines[0]["layers"]["model.layers.0"].values():
+        place |= {"frozen": 0.0, "moved": 0.0}
+    nothing = json.loads(json.dumps(lines[0]).replace("0.0001", "0.0").replace("0.5", "0.0"))
+    for kept in (lines[:1], [nothing]):
+        write_lines(run / "movement.jsonl", kept)
+        mifo.draw_frozen(run)
+        assert plt_image(run / "frozen.png")
+        (run / "frozen.png").unlink()
+
+
+def test_what_an_sft_phase_changed_by_hand(tmp_path):
+    """Of COMPARED's five answers: of four right ones two stay, and one of the others becomes right;
+    then of three one stays."""
+    run = pictured_run(tmp_path / "run")
+    first, second = mifo.around_sft_phases(run)
+    assert (first["number"], second["number"]) == (1, 2)
+    assert (first["lost"], first["gained"]) == pytest.approx((2 / 5, 1 / 5))
+    assert (second["lost"], second["gained"]) == pytest.approx((2 / 5, 0))
+    assert (first["before"], first["after"]) == ({"a": 1, "b": 0.5}, {"a": 1 / 3, "b": 1})
+    assert first["entropy"] == pytest.approx([0.4, 0.5])
+    assert second["entropy"][0] == pytest.approx(1.0) and math.isnan(second["entropy"][1])
+    # of several answers a question, those that stay right are at least as many as are right still
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"eval_k": 4}))
+    assert mifo.around_sft_phases(run)[0]["lost"] == pytest.approx(2 / 20)
+
+
+def tracked_run(out: Path, package: str) -> types.SimpleNamespace:
+    """As much of a run as a tracker needs."""
+    out.mkdir(exist_ok=True)
+    cfg = mifo.Config(track=package, out=str(out))
+    return types.SimpleNamespace(cfg=cfg, tracker=mifo.open_tracker(cfg))
+
+
+TRACKED = [  # lines of metrics.jsonl, and what a tracker gets of them
+    (
+        {"step": 1, "phase": "rl", "reward": 0.25, "evaluation": {"chain": 0.5, "chain 3": 1.0}},
+        {"step": 1, "reward": 0.25, "evaluation/chain": 0.5, "evaluation/chain 3": 1.0},
+    ),
+    ({"step": 2, "phase": "sft", "sft/loss": math.nan}, {"step": 2, "sft/loss": math.nan}),
+]
+
+PACKAGE = """
+import json, pathlib
+
+class Run:
+    def __init__(self, out): self.out = out
+    def note(self, *call): self.out.open("a").write(json.dumps(call) + chr(10))
+    def log(self, numbers, step): self.note("log", numbers, step)
+    def finish(self): self.note("finish")
+
+def init(project, name, resume, config, id=None, dir=None):
+    if config["seed"] == 13: raise RuntimeError("no key")
+    run = Run(pathlib.Path(config["out"], "calls"))
+    run.note("init", project, name, resume, id, dir)
+    return run
+"""
+
+
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_a_tracker_gets_what_metrics_get_and_goes_on_when_resumed(
+    package, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / f"{package}.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert mifo.parse_config([f"--track={package}"]).track == package
+    for _ in range(2):
+        run = tracked_run(tmp_path / "out", package)
+        for line, _ in TRACKED:
+            mifo.track(run, line)
+        mifo.close_tracker(run)
+    calls = json_lines(tmp_path / "out" / "calls")
+    assert calls[:4] == calls[4:]
+    [kind, project, name, resume, key, folder], *logged, last = calls[:4]
+    assert (kind, project, resume, last) == ("init", "mifo", "allow", ["finish"])
+    assert re.fullmatch("out-[0-9a-f]{8}", name)
+    assert (key, folder) == (
+        (name[-8:], str(tmp_path / "out")) if package == "wandb" else (None,) * 2
+    )
+    for call, (line, expected) in zip(logged, TRACKED):
+        assert repr(call) == repr(["log", expected, line["step"]])  # NaN is not equal to itself
+    # What it raises is said, before the run an error, within it a warning.
+    cfg = mifo.Config(track=package, out=str(tmp_path / "out"), seed=13)
+    with pytest.raises(ValueError, match=f"--track {package}: RuntimeError: no key"):
+        mifo.open_tracker(cfg)
+    run.tracker.log = lambda *args, **more: 1 / 0
+    mifo.track(run, TRACKED[0][0])
+    assert run.tracker is None and "warning: --track" in capsys.readouterr().out
+    mifo.close_tracker(run)
+    monkeypatch.setenv("RANK", "1")
+    assert mifo.open_tracker(cfg) is None
+
+
+def test_tensorboard_gets_what_metrics_get(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("RANK", "0")
+    run = tracked_run(tmp_path / "out", "tensorboard")
+    for line, _ in TRACKED:
+        mifo.track(run, line)
+    mifo.close_tracker(run)
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    found = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            found.setdefault(event.step, {})[name] = event.value
+    assert repr([found[1][k] for k in TRACKED[0][1]]) == repr(
+        list(map(float, TRACKED[0][1].values()))
+    )
+    assert found[2].keys() == TRACKED[1][1].keys()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for package in ("tensorboard", "wandb", "trackio"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+        (tmp_path / package).mkdir()  # as wandb leaves it in the folder it ran in: no package
+        named = f"--track {package}: the package {package} is not installed: pip install {package}"
+        check_refused([f"--track={package}"], named, monkeypatch)
 
 
 # --------------------------------------------------------------------------------------------------

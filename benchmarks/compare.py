@@ -1,6 +1,7 @@
 """Compares finished runs of mifo.py: prints a Markdown table and draws a figure of them.
 
     python benchmarks/compare.py RUN RUN ... [--out compare.png]
+    python benchmarks/compare.py RUN RUN ... --redraw      # each run's own pictures, in its folder
 
 RUN is a run's folder (its --out), made with --evaluate. Runs that differ in seed alone are one line
 of the table: their mean and half the 95 % interval. What an SFT phase made forget is known only of
@@ -232,15 +233,32 @@ def compare(folders: list[Path], figure: Path) -> None:
     print(f"figure: {figure}")
 
 
+def redraw(folders: list[Path]) -> None:
+    for folder in folders:
+        if not (folder / "metrics.jsonl").exists():
+            raise ValueError(f"{folder}: not the folder of a run: it has no metrics.jsonl")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import mifo  # here: it takes seconds
+
+    for folder in folders:
+        mifo.draw_pictures(folder)
+        print(f"drawn: {', '.join(sorted(map(str, folder.glob('*.png'))))}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the figure")
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="only draw each run's own pictures anew, in its folder",
+    )
     args = parser.parse_args()
     try:
-        compare(args.runs, args.out)
+        redraw(args.runs) if args.redraw else compare(args.runs, args.out)
     except ModuleNotFoundError as problem:
         text = f"{problem.name} is missing: pip install -r requirements-cpu.txt "
         text += "-r benchmarks/requirements.txt"

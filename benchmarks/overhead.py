@@ -28,8 +28,8 @@ def main() -> None:
     os.environ.update(step.ALONE)
     import mifo
 
-    train, plot = mifo.train, mifo.plot
-    start, seconds = 0.0, {"plot": 0.0}
+    train, draw = mifo.train, mifo.draw_pictures
+    start, seconds = 0.0, {"draw": 0.0}
 
     def timed_train(run):
         nonlocal start
@@ -38,12 +38,12 @@ def main() -> None:
         seconds.update(run.state.seconds)
         return stop
 
-    def timed_plot(*args):
+    def timed_draw(*args):
         begun = time.perf_counter()
-        plot(*args)
-        seconds["plot"] += time.perf_counter() - begun
+        draw(*args)
+        seconds["draw"] += time.perf_counter() - begun
 
-    mifo.train, mifo.plot = timed_train, timed_plot
+    mifo.train, mifo.draw_pictures = timed_train, timed_draw
     if code := mifo.main():
         os._exit(code)
     loop = time.perf_counter() - start

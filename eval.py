@@ -807,6 +807,31 @@ def try_rewards(rewards: Rewards, question, tokenizer) -> dict[str, float]:
 # Scores
 
 
+def sft_regime(losses: list[float], delta: float = 0.02, delta2: float = 0.1) -> list[str]:
+    """What each held-out loss of an SFT stage tells of RL after it (arXiv 2512.11470).
+
+    losses in order, from before the first step on; with L their minimum:
+      stable    from the first loss of at most (1 + delta) * L to the last one
+      adaptive  before that: SFT has still to teach
+      mild      after it, while losses are below (1 + delta2) * L
+      severe    from the first one after it that is not: overfitted
+    To start RL where it is stable is best by that paper, adaptive and severe cost most. The minimum
+    is of the losses given: where they still fall at the end, the end looks stable. [] for [].
+    """
+    low = min(losses, default=0.0)
+    stable = [i for i, loss in enumerate(losses) if loss <= (1 + delta) * low]
+    regimes, severe = [], False
+    for i, loss in enumerate(losses):
+        if i < stable[0]:
+            regimes.append("adaptive")
+        elif i <= stable[-1]:
+            regimes.append("stable")
+        else:
+            severe = severe or loss >= (1 + delta2) * low
+            regimes.append("severe" if severe else "mild")
+    return regimes
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k): the unbiased chance that one of k samples is correct, of n of which
     c are.

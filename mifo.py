@@ -74,6 +74,7 @@ import losses
 import rollout
 
 ROOT = Path(__file__).parent
+STAGED = ("sft", "sft-then-rl")  # schedules with one SFT stage, on all demonstrations
 SKIPS = 3  # steps in a row that are skipped for numbers that are not finite, before the run ends
 
 # --------------------------------------------------------------------------------------------------
@@ -104,14 +105,22 @@ class Settings:
     alpha: float = option(MIFO, 0.9, "decay of the importance map between RL phases; 0: MIFO-dagger", "[0, 1]")
     freeze: Literal["strict", "zero-grad-only", "off"] = option(
         MIFO, "strict", "frozen parameters: stay bit for bit; get zero gradients only; are not frozen")
-    schedule: Literal["interleave", "rl", "sft", "sft-then-rl"] = option(
-        MIFO, "interleave", "MIFO's interleaving; GRPO alone; SFT on all demonstrations alone; that, then GRPO")
+    schedule: Literal["interleave", "rl", "sft", "sft-then-rl", "alternate"] = option(
+        MIFO, "interleave", "MIFO's interleaving; GRPO alone; SFT on all demonstrations alone; that, then GRPO; "
+        "an RL or an SFT step by a coin")
+    rl_share: float = option(MIFO, 0.5, "chance of an RL step in --schedule alternate", "(0, 1)")
+    demonstration_budget: int = option(
+        MIFO, 0, "so many different demonstrations are used, then no SFT phase begins; 0: no limit", "[0, inf)")
 
     steps: int = option(GRPO, 500, "RL steps", "[0, inf)", may_change=True)
     questions: int = option(GRPO, 128, "questions per RL step, over all ranks", "[1, inf)")
     samples: int = option(GRPO, 8, "G, responses sampled per question, whose rewards are compared", "[2, inf)")
     updates: int = option(GRPO, 1, "optimizer steps per RL step; each takes its share of the questions", "[1, inf)")
     temperature: float = option(GRPO, 1.0, "of sampling, and of the log-probabilities in the loss", "(0, inf)")
+    rl_loss: Literal["grpo", "gspo", "nft"] = option(
+        GRPO, "grpo", "GSPO's ratio of whole responses, or NFT; with --updates 1 their gradients are GRPO's")
+    nft_epsilon: float = option(GRPO, 1.0, "NFT's floor of a wrong token's ratio", "(0, inf)")
+    nft_negative: float = option(GRPO, 1.0, "NFT's weight of wrong responses; 0: rejection fine-tuning", "[0, inf)")
     normalize_std: bool = option(GRPO, False, "divide a group's advantages by its standard deviation")
     clip_low: float = option(GRPO, 0.2, "the ratio is clipped below 1 - clip_low", "[0, 1)")
     clip_high: float = option(GRPO, 0.2, "the ratio is clipped above 1 + clip_high", "[0, inf)")
@@ -129,6 +138,14 @@ class Settings:
     sft_epochs: int = option(SFT, 1, "passes over the demonstrations of a phase or stage", "[1, inf)")
     sft_schedule: Literal["constant", "cosine"] = option(
         SFT, "constant", "rate over an SFT stage: constant; 10 % warm-up, then a cosine to a tenth")
+    sft_holdout: int = option(SFT, 0, "demonstrations that are never learnt, but whose loss is measured", "[0, inf)")
+    sft_weights: Literal["off", "dft", "trust", "phi"] = option(
+        SFT, "off", "weights by a token's own probability: DFT's (RL after it may gain less), TrSFT's, CHORD-phi's")
+    sft_weight_alpha: float = option(SFT, 0.1, "TrSFT's: a token less probable than this weighs less", "(0, 1]")
+    sed: float = option(SFT, 0.0, "strength of SED-SFT's penalty, in its paper 1; 0: none", "[0, inf)")
+    sed_k: int = option(SFT, 2, "SED: the tokens whose mass tells an uncertain place", "[1, inf)")
+    sed_tau: float = option(SFT, 0.0, "SED: their mass there is below this; 0: found by --sed-ratio", "[0, inf)")
+    sed_ratio: float = option(SFT, 0.7, "SED: share of tokens at or above the found tau, before any SFT", "(0, 1]")
     pear: Literal["off", "sequence", "token", "block"] = option(
         SFT, "off", "PEAR's weights on the SFT loss (arXiv 2602.01058)")
     pear_gamma: float = option(SFT, 0.999, "PEAR's discount per token", "(0, 1]")
@@ -157,7 +174,9 @@ class State:
     drawn: int = 0  # questions drawn from the stream so far
     buffer: list[int] = field(default_factory=list)  # hard questions by index, as they came
     sft_queue: list[list[int]] = field(default_factory=list)  # batches that SFT has still to learn
+    sft_epoch: int = 0  # SFT steps of an epoch of this phase
     threshold: float = math.inf  # importance above it is frozen; inf: nothing is
+    sed_tau: float = 0.0
     skipped: int = 0  # optimizer steps not taken, because a number was not finite
     skips_in_a_row: int = 0
     demonstrations: list[int] = field(default_factory=list)  # all that were used
@@ -177,16 +196,19 @@ def train(run: Run) -> int:
     if state.step == 0:
         set_anchor(run)  # the first RL phase starts from these weights
         evaluate(run)
-        if cfg.schedule in ("sft", "sft-then-rl"):  # one SFT stage, on all demonstrations
-            begin_sft(run, data.demonstrated(run.questions))
+        if cfg.schedule in STAGED:
+            begin_sft(run, stage(run))
     while phase := next_phase(cfg, state):
         start_clock(run)
         if phase == "rl":
             rl_step(run)
             if cfg.schedule == "interleave" and len(state.buffer) >= cfg.buffer_size:
-                begin_sft(run, state.buffer)
+                if chosen := within_budget(cfg, state):
+                    begin_sft(run, chosen)
                 state.buffer = []
         else:
+            if not state.sft_queue:  # --schedule alternate: an SFT phase is one batch
+                begin_sft(run, next_demonstrations(run))
             sft_step(run)
             if not state.sft_queue:
                 end_sft(run)
@@ -194,6 +216,8 @@ def train(run: Run) -> int:
         following = next_phase(cfg, state)
         if evaluation_due(cfg, state, phase, following):
             evaluate(run)
+        elif phase == "sft" and len(state.sft_queue) % state.sft_epoch == 0:
+            measure_holdout(run)
         log_step(run, phase)
         stop = signal_on_any_rank(run)
         if stop or following is None or checkpoint_due(cfg, state):
@@ -207,9 +231,12 @@ def next_phase(cfg: Config, state: State) -> str | None:
     """What the next step is: "sft" while demonstrations are queued, else "rl"; None at the end."""
     if state.sft_queue:
         return "sft"
-    if cfg.schedule != "sft" and state.rl_steps < cfg.steps:
-        return "rl"
-    return None
+    if cfg.schedule == "sft" or state.rl_steps == cfg.steps:
+        return None
+    if cfg.schedule == "alternate":  # ALRIGHT's coin (arXiv 2410.15483), one for all ranks
+        coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.step)
+        return "rl" if torch.rand((), generator=coin) < cfg.rl_share else "sft"
+    return "rl"
 
 
 def rl_step(run: Run) -> None:
@@ -222,13 +249,14 @@ def rl_step(run: Run) -> None:
     # Rewards are NaN where nothing was judged. In float32 an accuracy of 1/10 is more than p = 0.1.
     rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
     rewards = rewards.view(-1, cfg.samples)  # [Q, G]
-    advantages = losses.group_advantages(rewards, cfg.normalize_std)  # [Q, G]
     right = (rewards > cfg.right_above).double().masked_fill(rewards.isnan(), math.nan)  # [Q, G]
+    graded = right if cfg.rl_loss == "nft" else rewards  # NFT knows right and wrong only
+    advantages = losses.group_advantages(graded, cfg.normalize_std)  # [Q, G]
     accuracies = right.nanmean(1).tolist()  # of each question's judged samples
 
     if cfg.schedule == "interleave":
-        for index, question, accuracy in zip(indices, questions, accuracies):
-            hard = accuracy <= cfg.p and question.demonstration is not None
+        for index, accuracy in zip(indices, accuracies):
+            hard = accuracy <= cfg.p and index in run.demonstrated
             if hard and index not in state.buffer:
                 state.buffer.append(index)
 
@@ -274,19 +302,21 @@ def rl_update(run: Run, responses: list[Response]) -> None:
         logprobs, entropy = run.policy(part.tokens, part.mask, cfg.temperature)  # [B, T-1] each
         # With one update pi_old is the policy itself: the ratio is 1, and nothing is clipped.
         old_logprobs = part.old if cfg.updates > 1 else logprobs.detach()  # [B, T-1]
-        loss, metrics = losses.grpo_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            part.mask,
-            cfg.clip_low,
-            cfg.clip_high,
-            per_sequence=cfg.aggregation == "sequence",
-            ref_logprobs=reference,
-            kl_coef=cfg.kl_coef,
-            rollout_logprobs=part.rollout,
-            tis_cap=cfg.tis_cap,
-        )
+        common = logprobs, old_logprobs, advantages, part.mask
+        if cfg.rl_loss == "nft":
+            loss, metrics = losses.nft_loss(*common, cfg.nft_epsilon, cfg.nft_negative)
+        else:
+            loss, metrics = losses.grpo_loss(
+                *common,
+                cfg.clip_low,
+                cfg.clip_high,
+                per_sequence=cfg.aggregation == "sequence",
+                ref_logprobs=reference,
+                kl_coef=cfg.kl_coef,
+                rollout_logprobs=part.rollout,
+                tis_cap=cfg.tis_cap,
+                sequence_ratio=cfg.rl_loss == "gspo",
+            )
         (loss * run.world / divisor).backward()  # FSDP averages over ranks; the loss is their sum
         report_not_finite(run, loss, logprobs, [rows[row].id for row in part.rows])
         gap = (old_logprobs - part.rollout).masked_fill(~part.mask, 0.0).abs()  # [B, T-1]
@@ -296,20 +326,15 @@ def rl_update(run: Run, responses: list[Response]) -> None:
 
     sums = sum_over_ranks(run, sums)
     loss = sums.pop("loss") / divisor
-    tokens = sums.pop("tokens")
-    mean_gap = sums.pop("gap") / tokens
-    run.log |= {f"rl/{name}": value / tokens for name, value in sums.items()}
-    run.log["rl/loss"] = loss
-    run.log["engine/max_difference"] = max_over_ranks(run, largest_gap)
-    run.log["engine/mean_difference"] = mean_gap
-    if math.isfinite(loss):
-        check_engine(run, mean_gap, "the sampled tokens")
+    log_update(run, loss, sums, largest_gap)
     optimizer_step(run, "rl", cfg.rl_clip, loss)
 
 
 def begin_sft(run: Run, indices: list[int]) -> None:
     """Queue these demonstrations, and fix what must not move meanwhile (equations 5 and 6)."""
     cfg, state = run.cfg, run.state
+    if run.sampler is not None:
+        run.sampler.sleep()
     if freezes(cfg):
         with run.timed("freeze"):
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
@@ -323,7 +348,10 @@ def begin_sft(run: Run, indices: list[int]) -> None:
         shuffled = [indices[i] for i in order]
         for start in range(0, len(shuffled), cfg.sft_batch):
             state.sft_queue.append(shuffled[start : start + cfg.sft_batch])
+    state.sft_epoch = len(state.sft_queue) // cfg.sft_epochs
     log_demonstrations(run)
+    if cfg.sed > 0 and state.sft_phases == 0:
+        state.sed_tau = cfg.sed_tau or find_sed_tau(run, indices)
     state.sft_phases += 1
     state.demonstrations += indices
 
@@ -338,18 +366,26 @@ def sft_step(run: Run) -> None:
     lengths = [len(q.demonstration) for q in questions]
     selected = sum(losses.top_entropy_count(n, cfg.rho) for n in lengths)  # over all ranks
     behavior = [q.behavior_logprobs for q in questions]
+    top_k = cfg.sed_k if cfg.sed > 0 else 0
     sums = Counter(loss=0.0)
     with run.timed("sft"):
         for part in micro_batches(run, pairs, behavior=behavior):
             if cfg.pear != "off":
                 theirs = behavior_logprobs(run, part, behavior)  # [B, T-1]
-            logprobs, entropy = run.policy(part.tokens, part.mask, 1.0)  # [B, T-1] each
+            # [B, T-1] each; the last with --sed only
+            logprobs, entropy, *top_mass = run.policy(part.tokens, part.mask, 1.0, top_k)
             mask = losses.top_entropy_mask(entropy, part.mask, cfg.rho)  # [B, T-1]
-            weights = None
+            weights = torch.ones_like(logprobs)  # [B, T-1]
             if cfg.pear != "off":
-                weights = pear_weights(cfg, logprobs, theirs, part.mask)  # [B, T-1]
+                weights = pear_weights(cfg, logprobs, theirs, part.mask)
                 sums.update(pear_shares(cfg, weights, part.mask, sum(lengths)))  # adds
+            if cfg.sft_weights != "off":
+                alpha = cfg.sft_weight_alpha
+                weights = weights * losses.sft_weights(logprobs, cfg.sft_weights, alpha)
             loss = losses.sft_loss(logprobs, mask, weights)
+            if cfg.sed > 0:
+                uncertain = logprobs, *top_mass, mask, state.sed_tau
+                loss = loss + losses.sed_penalty(*uncertain, cfg.sed, weights)
             (loss * run.world / selected).backward()  # as in rl_update
             report_not_finite(run, loss, logprobs, [questions[row].id for row in part.rows])
             sums["loss"] += loss.item() / selected
@@ -368,7 +404,7 @@ def end_sft(run: Run) -> None:
     log_movement(run, "sft")
     run.state.threshold = math.inf
     set_anchor(run)  # from here the next RL phase's movement is measured
-    if run.cfg.schedule != "interleave":  # the stage is over for good: nothing but weights goes on
+    if run.cfg.schedule in STAGED:  # the stage is over for good: nothing but weights goes on
         run.optimizers["sft"].state.clear()
         run.behavior = None
 
@@ -453,10 +489,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, temperature: float, top_k: int = 0
+    ) -> tuple[Tensor, ...]:
         """Equation 1. tokens [B, T], mask [B, T-1], True where the next token counts.
 
-        Returns logprobs and entropy [B, T-1], 0 where it does not. Rows are padded on the right,
+        Returns logprobs, entropy and, with top_k > 0, the mass of the top_k most probable tokens,
+        each [B, T-1], 0 where it does not. Rows are padded on the right,
         which causal attention never sees, so no attention mask is needed.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -464,10 +503,11 @@ class Policy(nn.Module):
             input_ids=inputs, use_cache=False
         ).last_hidden_state  # [B, T-1, D]
         head = self.model.lm_head.weight  # [V, D]
-        found = losses.token_logprobs(hidden[mask], head, targets[mask], temperature)  # [N] each
+        found = losses.token_logprobs(  # [N] each
+            hidden[mask], head, targets[mask], temperature, top_k=top_k
+        )
         empty = torch.zeros(mask.shape, dtype=found[0].dtype, device=mask.device)
-        logprobs, entropy = (empty.masked_scatter(mask, values) for values in found)
-        return logprobs, entropy
+        return tuple(empty.masked_scatter(mask, values) for values in found)
 
 
 # ==================================================================================================
@@ -575,6 +615,8 @@ class Run:
     tokenizer: object
     pad_id: int
     questions: typing.Sequence[data.Question]
+    demonstrated: set[int]  # questions whose demonstrations may be learnt
+    holdout: list[int]  # and those whose may not, for --sft-holdout
     benches: dict[str, list[data.Question]]  # to evaluate on
     policy: Policy
     reference: Policy | None  # the initial model, for the KL
@@ -688,6 +730,33 @@ def has_gradient(cfg: Config, response: Response) -> bool:
 
 
 @torch.no_grad()
+def stage(run: Run) -> list[int]:
+    """What an SFT stage learns: all demonstrations, or --demonstration-budget of them at random."""
+    indices = sorted(run.demonstrated)
+    count = min(run.cfg.demonstration_budget or len(indices), len(indices))
+    return sorted(indices[i] for i in data.draw(len(indices), run.cfg.seed, 0, count))
+
+
+def next_demonstrations(run: Run) -> list[int]:
+    """The next batch of --schedule alternate, from a stream of the stage's demonstrations."""
+    cfg, indices = run.cfg, stage(run)
+    done = len(run.state.demonstrations)
+    return [indices[i] for i in data.draw(len(indices), cfg.seed, done, cfg.sft_batch)]
+
+
+def within_budget(cfg: Config, state: State) -> list[int]:
+    """Of the buffer what --demonstration-budget still pays for, in order; one that was used before
+    costs nothing. Empty as soon as the budget is spent."""
+    budget, used = cfg.demonstration_budget or math.inf, set(state.demonstrations)
+    chosen = []
+    if len(used) < budget:
+        for index in state.buffer:
+            if index in used or len(used) < budget:
+                used.add(index)
+                chosen.append(index)
+    return chosen
+
+
 def find_old_logprobs(run: Run, responses: list[Response]) -> None:
     """log pi_old of each token, by the trainer itself."""
     rows = [r for r in responses if has_gradient(run.cfg, r)]
@@ -810,6 +879,19 @@ def pear_shares(cfg: Config, weights: Tensor, mask: Tensor, tokens: int) -> dict
         "pear_at_floor": (logs < cfg.pear_weight_low + rounding).sum().item() / tokens,
         "pear_at_cap": (logs > cfg.pear_weight_high - rounding).sum().item() / tokens,
     }
+
+
+@torch.no_grad()
+def find_sed_tau(run: Run, indices: list[int]) -> float:
+    """SED's tau by --sed-ratio, from the first hundred demonstrations and the policy as it is."""
+    cfg, questions = run.cfg, [run.questions[index] for index in indices[:100]]
+    masses = []
+    for part in micro_batches(run, [(q.prompt, q.demonstration) for q in questions]):
+        *_, top_mass = run.policy(part.tokens, part.mask, 1.0, cfg.sed_k)  # [B, T-1]
+        masses += top_mass[part.mask].tolist()
+    tau = losses.sed_threshold(torch.tensor(gather(run, masses)), cfg.sed_ratio)
+    say(f"SED: tau is {tau:.4g}: {cfg.sed_ratio:g} of the tokens reach it")
+    return tau
 
 
 def sft_learning_rate(cfg: Config, state: State) -> float:
@@ -942,6 +1024,7 @@ def catch_signals(run: Run) -> None:
 
 def evaluate(run: Run) -> None:
     """Samples answers to each benchmark's questions; adds a line to evaluations.jsonl."""
+    measure_holdout(run)
     if not run.benches:
         return
     push_weights(run)
@@ -972,6 +1055,23 @@ def evaluate(run: Run) -> None:
     state.evals.append({"step": state.step, "rl_steps": state.rl_steps, "results": results})
 
 
+@torch.no_grad()
+def measure_holdout(run: Run) -> None:
+    """The mean of -log p over the tokens of --sft-holdout: a line of holdout.jsonl."""
+    if not run.holdout:
+        return
+    if run.sampler is not None:
+        run.sampler.sleep()
+    questions = [run.questions[index] for index in run.holdout]
+    total = 0.0
+    with run.timed("evaluate"):
+        for part in micro_batches(run, [(q.prompt, q.demonstration) for q in questions]):
+            total -= run.policy(part.tokens, part.mask, 1.0)[0].sum().item()
+    tokens = sum(len(q.demonstration) for q in questions)
+    run.log["holdout_nll"] = sum_over_ranks(run, {"nll": total})["nll"] / tokens
+    append_line(run, "holdout.jsonl", {"nll": run.log["holdout_nll"]}, run.state.step)
+
+
 # --------------------------------------------------------------------------------------------------
 # What a run leaves behind
 
@@ -980,6 +1080,7 @@ LOGS = (  # a line of each has its step, to which --resume cuts them back
     "metrics.jsonl",
     "samples.jsonl",
     "evaluations.jsonl",
+    "holdout.jsonl",
     "movement.jsonl",
     "demonstrations.jsonl",
 )
@@ -1031,7 +1132,7 @@ def log_movement(run: Run, phase: Literal["rl", "sft"]) -> None:
         if frozen == 0:
             text = "nothing is frozen in this SFT phase, for RL has not moved any parameter yet"
             say(f"warning: {text}")
-    append_line(run, "movement.jsonl", {"phase": phase, "layers": layers})
+    append_line(run, "movement.jsonl", {"phase": phase, "layers": layers}, run.state.step + 1)
 
 
 SHOWN, SHOWN_TOKENS = 2, 400  # demonstrations of each SFT phase that are pictured, and their length
@@ -1041,8 +1142,6 @@ SHOWN, SHOWN_TOKENS = 2, 400  # demonstrations of each SFT phase that are pictur
 def log_demonstrations(run: Run) -> None:
     """What an SFT phase will learn from its first demonstrations, for demonstrations.jsonl: each
     token's text and entropy before the phase, and whether it is chosen."""
-    if run.sampler is not None:
-        run.sampler.sleep()
     questions = [run.questions[index] for index in run.state.sft_queue[0][:SHOWN]]
     found = []
     for part in micro_batches(run, [(q.prompt, q.demonstration) for q in questions]):
@@ -1060,7 +1159,7 @@ def log_demonstrations(run: Run) -> None:
             "entropy": [round(value, 4) for value in entropy[:SHOWN_TOKENS]],
             "chosen": chosen[:SHOWN_TOKENS],
         }
-        append_line(run, "demonstrations.jsonl", line)
+        append_line(run, "demonstrations.jsonl", line, run.state.step + 1)
 
 
 def token_texts(tokenizer, tokens: list[int]) -> list[str]:
@@ -1084,14 +1183,26 @@ def token_texts(tokenizer, tokens: list[int]) -> list[str]:
     return texts
 
 
-def append_line(run: Run, name: str, values: dict) -> None:
-    """A line of one of LOGS in the course of a step, on rank 0."""
+def append_line(run: Run, name: str, values: dict, step: int) -> None:
+    """A line of one of LOGS, on rank 0; step: whose checkpoint is the first that has it."""
     if run.rank != 0:
         return
     state = run.state
-    line = {"step": state.step + 1, "rl_steps": state.rl_steps, "sft_phases": state.sft_phases}
+    line = {"step": step, "rl_steps": state.rl_steps, "sft_phases": state.sft_phases}
     with open(Path(run.cfg.out, name), "a") as file:
         file.write(json.dumps(line | values) + "\n")
+
+
+def log_update(run: Run, loss: float, sums: dict[str, float], largest_gap: float) -> None:
+    """An RL update's loss, and means over its tokens. Stops the run if the engine is off."""
+    tokens = sums.pop("tokens")
+    mean_gap = sums.pop("gap") / tokens
+    run.log |= {f"rl/{name}": value / tokens for name, value in sums.items()}
+    run.log["rl/loss"] = loss
+    run.log["engine/max_difference"] = max_over_ranks(run, largest_gap)
+    run.log["engine/mean_difference"] = mean_gap
+    if math.isfinite(loss):
+        check_engine(run, mean_gap, "the sampled tokens")
 
 
 def log_responses(
@@ -1185,6 +1296,10 @@ def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[i
         levels = {level: part["avg"] for level, part in result["levels"].items()}
         benches[name] = {"avg": result["avg"], "levels": levels, "correct": correct[name]}
         run.log["evaluation"][name] = result["avg"]
+        if run.cfg.eval_k > 1:
+            benches[name]["pass"] = result["pass"]
+            k, passed = list(result["pass"].items())[-1]
+            run.log[f"evaluation/pass@{k}/{name}"] = passed
         if "reward" in result:
             benches[name]["reward"] = run.log[f"evaluation/reward/{name}"] = result["reward"]
         if len(levels) > 1:
@@ -1228,11 +1343,11 @@ def log_step(run: Run, phase: str) -> None:
         f"{phase.upper():3} reward {run.reward:.2f}  buffer {len(state.buffer)}/{cfg.buffer_size}  "
         f"SFT phases {state.sft_phases}"
     )
-    stage, last = cfg.schedule != "interleave", not state.sft_queue
+    last = not state.sft_queue
     if run.bar is not None:
         run.bar.set_description(text, refresh=False)
         run.bar.update(state.rl_steps - run.bar.n)
-    elif phase == "sft" and stage and (state.sft_steps % 10 == 0 or last):
+    elif phase == "sft" and cfg.schedule in STAGED and (state.sft_steps % 10 == 0 or last):
         of = state.sft_steps + len(state.sft_queue)
         loss, seconds = line["sft/loss"], state.seconds["all"]
         say(f"SFT step {state.sft_steps}/{of}  loss {loss:.3f}  {seconds:.0f} s")
@@ -1300,9 +1415,13 @@ def plot(out: str) -> None:
         points = [(line[step], line[metric]) for line in lines if metric in line]
         axis.plot([x for x, _ in points], [y for _, y in points], label=label, **style)
 
-    lines = read_log(out, "metrics.jsonl")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    reward, accuracy, lengths, engine = axes.flat
+    lines, held = read_log(out, "metrics.jsonl"), read_log(out, "holdout.jsonl")
+    size = (2, 3) if held else (2, 2)
+    figure, axes = plt.subplots(*size, figsize=(5.5 * size[1], 7), layout="constrained")
+    reward, accuracy, lengths, engine = axes[:, :2].flat
+    if held:
+        draw_holdout(axes[0, 2], held)
+        axes[1, 2].set_axis_off()
     for axis, (title, metrics) in zip((reward, lengths, engine), PANELS):
         for metric, label in metrics.items():
             draw(axis, [line for line in lines if line["phase"] == "rl"], metric, label)
@@ -1324,6 +1443,26 @@ def plot(out: str) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     save_figure(figure, Path(out, "plot.png"))
+
+
+def draw_holdout(axis, lines: list[dict]) -> None:
+    """The held-out demonstrations' loss, with what each moment of an SFT stage is called."""
+    steps, values = [line["step"] for line in lines], [line["nll"] for line in lines]
+    axis.plot(steps, values, color="0.7", label="_")
+    named = evaluation.sft_regime([line["nll"] for line in of_stage(lines)])
+    named += [""] * (len(lines) - len(named))
+    for i, name in enumerate(("adaptive", "stable", "mild", "severe", "")):
+        of_it = [k for k, regime in enumerate(named) if regime == name]
+        if of_it:
+            points = [steps[k] for k in of_it], [values[k] for k in of_it]
+            axis.plot(*points, "o", color=f"C{i}", label=name or "_")
+    axis.set(title="loss of held-out demonstrations, nats a token", xlabel="step, RL or SFT")
+
+
+def of_stage(lines: list[dict]) -> list[dict]:
+    """Those lines of holdout.jsonl that lie in a run's SFT stage: before any RL, if SFT came."""
+    before = [line for line in lines if line["rl_steps"] == 0]
+    return before if before[-1]["sft_phases"] else []
 
 
 def draw_frozen(out: str) -> None:
@@ -1603,12 +1742,21 @@ def summary(run: Run) -> str:
         lines.append(f"{'accuracy':16} before   after")
         for name, after in last.items():
             lines.append(f"{name:16} {first[name]['avg']:6.3f}  {after['avg']:6.3f}")
+            if run.cfg.eval_k > 1:
+                before = list(first[name]["pass"].values())[-1]
+                k, passed = list(after["pass"].items())[-1]
+                lines.append(f"  {f'pass@{k}':14} {before:6.3f}  {passed:6.3f}")
             if "reward" in after:
                 before = first[name]["reward"]
                 lines.append(f"  {'mean reward':14} {before:6.3f}  {after['reward']:6.3f}")
             for level, result in after["levels"].items() if len(after["levels"]) > 1 else ():
                 before = first[name]["levels"][level]["avg"]
                 lines.append(f"  level {level:8} {before:6.3f}  {result['avg']:6.3f}")
+    if held := read_log(run.cfg.out, "holdout.jsonl"):
+        lines.append(f"{'holdout loss':16} {held[0]['nll']:6.3f}  {held[-1]['nll']:6.3f}")
+        if regimes := evaluation.sft_regime([line["nll"] for line in of_stage(held)]):
+            counts = ", ".join(f"{n} {name}" for name, n in Counter(regimes).items())
+            lines.append(f"  the SFT stage ended {regimes[-1]}, of {len(regimes)} values: {counts}")
     used, different = len(state.demonstrations), len(set(state.demonstrations))
     longest_first = sorted(state.seconds.items(), key=lambda item: -item[1])
     lines += [
@@ -1867,6 +2015,11 @@ def set_up(cfg: Config) -> Run:
     questions, benches = load_data(cfg, rank, tokenizer, checker)
     try_rewards(rewards, questions, benches, tokenizer)
 
+    demonstrated = data.demonstrated(questions)
+    # The same with every --seed, as a benchmark is.
+    held = data.draw(len(demonstrated), 0, 0, cfg.sft_holdout)
+    holdout = sorted(demonstrated[i] for i in held)
+
     policy = load_policy(cfg, model_dir, config, mesh, dtype)
     reference = None
     if cfg.kl_coef > 0:
@@ -1919,6 +2072,8 @@ def set_up(cfg: Config) -> Run:
         tokenizer=tokenizer,
         pad_id=tokenizer.pad_token_id or 0,
         questions=questions,
+        demonstrated=set(demonstrated) - set(holdout),
+        holdout=holdout,
         benches=benches,
         policy=policy,
         reference=reference,
@@ -2047,7 +2202,12 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
         say(f"{cfg.data}: {questions.report()}")
         if cfg.system == "data":
             system = data.system_prompt(questions)
-    most = len(data.demonstrated(questions))
+    most = len(data.demonstrated(questions)) - cfg.sft_holdout
+    if cfg.sft_holdout and most < 1:
+        raise ValueError(
+            f"--sft-holdout {cfg.sft_holdout} leaves none of the {most + cfg.sft_holdout} "
+            "demonstrations to learn from"
+        )
     if most == 0 and cfg.schedule != "rl":
         raise ValueError(
             f"--schedule {cfg.schedule} needs demonstrations, and no question of --data {cfg.data} "
@@ -2056,7 +2216,7 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
     if cfg.schedule == "interleave" and cfg.buffer_size > most:
         raise ValueError(
             f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a "
-            "demonstration; lower it, or train by --schedule rl"
+            "demonstration to learn from; lower it, or train by --schedule rl"
         )
     names = [name for name in cfg.evaluate.split(",") if name]
     prefix = cfg.generation_prefix
@@ -2238,7 +2398,7 @@ def check_config(cfg: Config, world: int) -> None:
         value = getattr(cfg, name)
         must(value % by == 0, f"{flag(name)} {value} does not divide by {what}")
 
-    out, staged = Path(cfg.out), cfg.schedule in ("sft", "sft-then-rl")
+    out, staged = Path(cfg.out), cfg.schedule in STAGED
     must(not out.exists() or out.is_dir(), f"--out {cfg.out} is not a folder")
     divides("questions", world, f"the {world} ranks")
     divides("questions", cfg.updates, f"--updates {cfg.updates}")
@@ -2266,9 +2426,24 @@ def check_config(cfg: Config, world: int) -> None:
         f"--sft-schedule {cfg.sft_schedule} is for an SFT stage, which --schedule {cfg.schedule} "
         "does not have",
     )
+    for name in ("pear", "sft_weights", "sed", "demonstration_budget"):
+        value = getattr(cfg, name)
+        must(
+            cfg.schedule != "rl" or value == getattr(Config, name),
+            f"{flag(name)} {value} is for SFT, which --schedule rl does not do",
+        )
     must(
-        cfg.pear == "off" or cfg.schedule != "rl",
-        f"--pear {cfg.pear} weighs SFT, which --schedule rl does not do",
+        cfg.rl_share == Config.rl_share or cfg.schedule == "alternate",
+        f"--rl-share {cfg.rl_share} is for --schedule alternate",
+    )
+    for name, plain in (("normalize_std", False), ("kl_coef", 0.0), ("tis_cap", 0.0)):
+        must(
+            cfg.rl_loss != "nft" or getattr(cfg, name) == plain,
+            f"--rl-loss nft is not defined with {flag(name)}",
+        )
+    must(
+        cfg.rl_loss != "nft" or cfg.aggregation != "sequence",
+        "--rl-loss nft is not defined with --aggregation sequence: take token or constant",
     )
     must(
         bool(cfg.evaluate) or cfg.eval_every == 0,

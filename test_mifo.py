@@ -3456,6 +3456,18 @@ def tenths(prompts, completions, **_):
 # Scores
 
 
+def test_sft_regime_by_hand():
+    """Least .50: stable up to .51, mild below .55."""
+    values = [1.00, 0.80, 0.62, 0.509, 0.505, 0.50, 0.508, 0.53, 0.549, 0.56]
+    expected = ["adaptive"] * 3 + ["stable"] * 4 + ["mild"] * 2 + ["severe"]
+    assert evaluation.sft_regime(values) == expected
+    assert evaluation.sft_regime([1, 0.5, 0.54, 0.5, 0.56, 0.54]) == [
+        "adaptive", "stable", "stable", "stable", "severe", "severe"]  # fmt: skip
+    assert evaluation.sft_regime([0.5, 0.54], 0.1, 0.2) == ["stable", "stable"]
+    assert evaluation.sft_regime([0.5, 0.58], 0.1, 0.2) == ["stable", "mild"]
+    assert evaluation.sft_regime([]) == [] and evaluation.sft_regime([2.0]) == ["stable"]
+
+
 def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 8):
         for c in range(n + 1):
@@ -4181,7 +4193,7 @@ def recipe_presets():
 @pytest.mark.parametrize("recipe, further", [("qwen2.5-math-7b", True), ("embedded", False)])
 def test_presets_differ_from_mifo_in_exactly_their_flags(monkeypatch, recipe, further):
     presets = recipe_presets()
-    assert len(presets) == 11 and presets[0] == ("MIFO", [], [])
+    assert len(presets) == 18 and presets[0] == ("MIFO", [], [])
     plain = recipe_named(monkeypatch, recipe)
     resolved = set()
     for name, flags, more in presets:
@@ -4982,6 +4994,11 @@ RL_STEPS = {  # what a step is compared with the oracle in, whatever --micro-tok
     "graded": dict(reward="rewards.py:graded", aggregation="sequence", normalize_std=True),
     "weighed": dict(
         reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5", mask_truncated=True),
+    "gspo": dict(
+        rl_loss="gspo", updates=2, clip_low=0.02, clip_high=0.03, aggregation="sequence",
+        normalize_std=True, kl_coef=0.1),
+    "nft": dict(rl_loss="nft", updates=2, nft_epsilon=0.9, nft_negative=0.7, mask_truncated=True),
+    "nft-graded": dict(rl_loss="nft", updates=2, reward="rewards.py:graded", right_above=0.6),
 }
 SFT_STEPS = {
     "all": dict(rho=1.0),
@@ -5001,6 +5018,11 @@ SFT_STEPS = {
     ),
     "pear-column": dict(rho=1.0, pear="token", behavior_model="other"),
     "pear-before": dict(rho=1.0, pear="token", sft_batch=8, pear_gamma=0.9),
+    "dft": dict(rho=1.0, sft_weights="dft"),
+    "trust": dict(rho=1.0, sft_weights="trust", sft_weight_alpha=0.03),
+    "phi-pear": dict(rho=0.6, sft_weights="phi", pear="token", behavior_model="other"),
+    "sed": dict(rho=1.0, sed=2.0, sft_batch=8),  # the second step has the tau of the first
+    "sed-phi": dict(rho=0.5, sed=0.5, sed_k=3, sed_tau=0.4, sft_weights="phi"),
 }
 # fmt: on
 MICRO_TOKENS = (30, 130, 100_000)
@@ -5077,6 +5099,9 @@ def rewarded_samples(cfg) -> list:
         judged = [reward for reward in rewards if reward is not None]
         alone = len(judged) < 2
         scale = statistics.stdev(judged) + 1e-6 if cfg.normalize_std and not alone else 1.0
+        if cfg.rl_loss == "nft":
+            rewards = [None if r is None else float(r > cfg.right_above) for r in rewards]
+            judged = [reward for reward in rewards if reward is not None]
         for sample, reward in zip(group, rewards):
             advantage = None if reward is None else (reward - statistics.fmean(judged)) / scale
             rows.append((q.prompt, sample, advantage))
@@ -5113,6 +5138,13 @@ def rl_step_oracle(base: Path, settings: dict, old_by="trainer") -> list[dict]:
                 "engine": torch.tensor(sample.logprobs, dtype=torch.float64),
                 "latest": logprobs.detach(),
             }[old_by]
+            if cfg.rl_loss == "nft":
+                right = advantage > 0
+                rate = 1 - advantage if right else -advantage
+                constants = right, rate, cfg.nft_epsilon, cfg.nft_negative
+                _, gradient, _ = nft_oracle(logprobs.detach(), old, *constants)
+                logprobs.backward(torch.tensor(gradient, dtype=torch.float64) / divisor)
+                continue
             gains, _ = grpo_oracle(
                 logprobs,
                 old,
@@ -5123,6 +5155,7 @@ def rl_step_oracle(base: Path, settings: dict, old_by="trainer") -> list[dict]:
                 cfg.kl_coef,
                 torch.tensor(sample.logprobs, dtype=torch.float64),
                 cfg.tis_cap,
+                sequence=cfg.rl_loss == "gspo",
             )
             gain = gains.mean() if cfg.aggregation == "sequence" else gains.sum()
             (-gain / divisor).backward()
@@ -5203,6 +5236,14 @@ def sft_gradients(folder):
     return found
 
 
+@torch.no_grad()
+def top_masses(model, question, k: int) -> torch.Tensor:
+    """[n]: what the k most probable tokens hold together at each token of a demonstration."""
+    tokens, n = question.prompt + question.demonstration, len(question.demonstration)
+    p = model(input_ids=torch.tensor([tokens])).logits[0, -n - 1 : -1].softmax(-1)
+    return p.sort(descending=True).values[:, :k].sum(1)
+
+
 def sft_step_oracle(base: Path, settings: dict, batches, behavior_by: str) -> list[dict]:
     """The gradients of SFT steps, demonstration by demonstration in float64.
 
@@ -5212,7 +5253,11 @@ def sft_step_oracle(base: Path, settings: dict, batches, behavior_by: str) -> li
     cfg = mifo.Config(**settings)
     model, questions = float_model(base), sixteen_questions()
     behavior_model = float_model(base.with_name("other") if behavior_by == "other" else base)
-    gradients = []
+    gradients, tau = [], cfg.sed_tau
+    if cfg.sed and not tau:  # the 70 % of all tokens at or above it, before the first step
+        masses = [top_masses(model, questions[index], cfg.sed_k) for index in sum(batches, [])]
+        masses = torch.cat(masses).sort(descending=True).values
+        tau = masses[math.floor(0.7 * len(masses)) - 1].item() - 1e-9
     for batch in batches:
         losses_of_rows, count = [], 0
         for index in batch:
@@ -5235,7 +5280,18 @@ def sft_step_oracle(base: Path, settings: dict, batches, behavior_by: str) -> li
                     (cfg.pear_ratio_low, cfg.pear_ratio_high),
                     (cfg.pear_weight_low, cfg.pear_weight_high),
                 )
-            losses_of_rows.append(-(logprobs * weights)[chosen].sum())
+            p = logprobs.detach().exp()
+            if cfg.sft_weights == "dft":
+                weights = weights * p
+            elif cfg.sft_weights == "trust":
+                weights = weights * torch.minimum(p / cfg.sft_weight_alpha, torch.ones_like(p))
+            elif cfg.sft_weights == "phi":
+                weights = weights * p * (1 - p)
+            loss = -logprobs
+            if cfg.sed:
+                uncertain = (top_masses(model, q, cfg.sed_k) < tau).double()
+                loss = loss + cfg.sed * uncertain * (logprobs.exp() - 0.5) ** 2
+            losses_of_rows.append((loss * weights)[chosen].sum())
             count += len(chosen)
         model.zero_grad()
         (sum(losses_of_rows) / count).backward()
@@ -5490,6 +5546,14 @@ PRESETS = {
     "pear-block": dict(schedule="sft-then-rl", pear="block"),
     "pear-mifo": dict(pear="token", buffer_size=2),
     "gather-once": dict(gather_once=True, micro_tokens=60, updates=2, kl_coef=0.1, buffer_size=2),
+    "alternate": dict(
+        schedule="alternate", rl_share=0.4, demonstration_budget=5, sft_holdout=6, steps=6, sft_batch=2),
+    "budget": dict(
+        demonstration_budget=3, buffer_size=2, sft_holdout=3, steps=6, evaluate="chain", eval_every=2,
+        eval_k=2),
+    "budget-stage": dict(
+        schedule="sft-then-rl", demonstration_budget=6, sft_holdout=4, sft_epochs=3, sft_batch=2,
+        pear="token", sft_weights="trust", sed=1.0),
 }
 # fmt: on
 LONG_PRESETS = ("mifo", "dagger", "zero-grad-only")  # nine RL steps, so several SFT phases
@@ -6215,12 +6279,23 @@ PICTURES = ("plot.png", "frozen.png", "demonstrations.png", "forgetting.png")
 
 
 def test_pictures_are_redrawn_from_a_folder(tmp_path, monkeypatch, capsys):
+    from matplotlib import pyplot as plt
+
     run = pictured_run(tmp_path / "run")
     compare_main(monkeypatch, run, "--redraw")
     said = capsys.readouterr().out
     assert "warning" not in said and all(str(run / name) in said for name in PICTURES)
     assert all(plt_image(run / name) for name in PICTURES)
     assert not list(run.glob("*.part*"))
+    held = [(0, 0, 2.0), (3, 0, 1.0), (4, 1, 1.01), (8, 1, 1.5)]
+    lines = [{"step": n, "rl_steps": n // 8, "sft_phases": k, "nll": x} for n, k, x in held]
+    write_lines(run / "holdout.jsonl", lines)
+    width = plt.imread(run / "plot.png").shape[1]
+    mifo.draw_pictures(run)
+    assert plt.imread(run / "plot.png").shape[1] > 1.3 * width
+    assert "warning" not in capsys.readouterr().out
+    assert [line["nll"] for line in mifo.of_stage(lines)] == [2.0, 1.0, 1.01]
+    assert mifo.of_stage(lines[:2]) == []
     text = (run / "demonstrations.html").read_text()
     page = Page(text)
     assert page.tags == {"meta", "title", "style", "h1", "h2", "p", "b", "span"}
@@ -7193,6 +7268,13 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--schedule rl --sft-schedule cosine", "--sft-schedule"),
     ("--eval-every 5 --evaluate=", "--eval-every"),
     ("--eval-sft-phases --eval-every 0 --evaluate=", "--eval-sft-phases"),
+    # the family
+    ("--rl-share 0.4", "--rl-share"), ("--sft-weights dft --schedule rl", "--sft-weights"),
+    ("--sed 1 --schedule rl", "--sed"),
+    ("--demonstration-budget 5 --schedule rl", "--demonstration-budget"),
+    ("--rl-loss nft --normalize-std", "--normalize-std"), ("--rl-loss nft --kl-coef 1", "--kl-coef"),
+    ("--rl-loss nft --tis-cap 1", "--tis-cap"),
+    ("--rl-loss nft --aggregation sequence", "--aggregation"),
     # rewards
     ("--reward x.py", "FILE.py:NAME"), ("--reward /no/such.py:f", "/no/such.py"),
     ("--reward=,", "--reward"), (f"--reward {ROOT}/losses.py:no_such", "no_such"),
@@ -7357,7 +7439,8 @@ def test_preset(presets, world, name):
     run, cfg = presets[world][0][name], mifo.Config(**PRESETS[name])
     lines = metrics_of(run)
     phases = [line["phase"] for line in lines]
-    rl_steps = 0 if cfg.schedule == "sft" else 9 if name in LONG_PRESETS else 3
+    rl_steps = PRESETS[name].get("steps", 9 if name in LONG_PRESETS else 3)
+    rl_steps = 0 if cfg.schedule == "sft" else rl_steps
     assert phases.count("rl") == rl_steps
     for line in lines:
         numbers = [value for value in line.values() if isinstance(value, (int, float))]
@@ -7370,25 +7453,116 @@ def test_preset(presets, world, name):
     last = checkpoints_of(run)[-1]
     state, tensors = checkpoint_state(last), checkpoint_tensors(last)
     assert state["step"] == len(lines) and not state["sft_queue"]
-    if cfg.schedule == "interleave":
+    learnt, held = set(state["demonstrations"]), set(held_out(cfg.sft_holdout))
+    assert not learnt & held and len(learnt) <= (cfg.demonstration_budget or 16)
+    if cfg.schedule == "alternate":
+        coins = [torch.Generator().manual_seed(step) for step in range(len(lines))]
+        expected = ["rl" if torch.rand((), generator=coin) < 0.4 else "sft" for coin in coins]
+        assert phases == expected and 3 <= phases.count("sft")
+        assert len(learnt) == 5 and len(state["demonstrations"]) == 2 * phases.count("sft")
+        assert of_kind(tensors, "sft/exp_avg/") and of_kind(tensors, "rl/exp_avg/")
+    elif cfg.schedule == "interleave":
         freezes = cfg.freeze != "off"
         assert phases[0] == "rl" and "sft" in phases
         assert ("sft/frozen_movement" in lines[phases.index("sft")]) == freezes
         threshold = checkpoint_state(sft_phases(run)[0][0])["threshold"]
         assert math.isfinite(threshold) == freezes
     else:
-        assert phases == (["sft"] * 2 if "sft" in cfg.schedule else []) + ["rl"] * rl_steps
+        sft_steps = 9 if name == "budget-stage" else 2 if "sft" in cfg.schedule else 0
+        assert phases == ["sft"] * sft_steps + ["rl"] * rl_steps
         assert state["buffer"] == [] and not of_kind(tensors, "importance/")
         assert not any("frozen" in key for line in lines for key in line)
         # an SFT stage's moments end with it
         assert not of_kind(tensors, "sft/")
-        expected = list(range(16)) if "sft" in cfg.schedule else []
-        assert sorted(state["demonstrations"]) == expected
-    if cfg.schedule == "sft-then-rl":  # nothing but the weights is handed over
+        if not cfg.demonstration_budget:
+            expected = list(range(16)) if "sft" in cfg.schedule else []
+            assert sorted(state["demonstrations"]) == expected
+    if (
+        cfg.schedule == "sft-then-rl" and not cfg.demonstration_budget
+    ):  # nothing but the weights is handed over
         halfway, handed = (checkpoint_tensors(folder) for folder in checkpoints_of(run)[:2])
         assert of_kind(halfway, "sft/exp_avg/") and not of_kind(handed, "sft/")
         assert not of_kind(handed, "rl/")
         assert {t.item() for t in of_kind(tensors, "rl/step/").values()} == {3}
+
+
+def held_out(count: int) -> list[int]:
+    """What --sft-holdout keeps of sixteen demonstrations."""
+    return sorted(data.draw(16, 0, 0, count))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_budget_is_spent_and_then_no_sft_phase_begins(presets, world):
+    run = presets[world][0]["budget"]
+    states = [checkpoint_state(folder) for folder in checkpoints_of(run)]
+    used = [len(set(state["demonstrations"])) for state in states]
+    assert used[-1] == 3 and used == sorted(used)
+    spent = used.index(3)
+    assert all(state["sft_phases"] == states[spent]["sft_phases"] for state in states[spent:])
+    full = [state for state in states[spent:] if len(state["buffer"]) >= 2]
+    assert not full  # emptied as ever
+    assert states[-1]["rl_steps"] - states[spent]["rl_steps"] >= 2
+    stage = checkpoint_state(checkpoints_of(presets[world][0]["budget-stage"])[-1])
+    assert len(stage["demonstrations"]) == len(set(stage["demonstrations"])) == 6
+
+
+def test_what_a_budget_still_pays_for():
+    state = mifo.State(buffer=[7, 3, 9, 5], demonstrations=[3, 1, 3])
+    for budget, chosen in (
+        (0, [7, 3, 9, 5]),
+        (3, [7, 3]),
+        (4, [7, 3, 9]),
+        (2, []),
+        (9, state.buffer),
+    ):
+        assert mifo.within_budget(mifo.Config(demonstration_budget=budget), state) == chosen, budget
+
+
+def test_the_coin_of_alternate_is_fair_and_follows_from_seed_and_step():
+    for share in (0.25, 0.5):
+        cfg = mifo.Config(schedule="alternate", rl_share=share, steps=10)
+        phases = [mifo.next_phase(cfg, mifo.State(step=step)) for step in range(4000)]
+        assert phases.count("rl") / 4000 == pytest.approx(share, abs=0.03)
+        again = [mifo.next_phase(cfg, mifo.State(step=step)) for step in range(50)]
+        other = dataclasses.replace(cfg, seed=1)
+        assert again == phases[:50]
+        assert [mifo.next_phase(other, mifo.State(step=step)) for step in range(50)] != again
+    assert mifo.next_phase(cfg, mifo.State(rl_steps=10)) is None
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", ["budget", "budget-stage", "alternate"])
+def test_the_held_out_loss_is_that_of_all_tokens_by_full_logits(presets, base, world, name):
+    """At each evaluation and each SFT epoch's end, from the weights of that step's checkpoint."""
+    run, questions = presets[world][0][name], sixteen_questions()
+    lines, folders = json_lines(run / "holdout.jsonl"), checkpoints_of(run)
+    weights = {checkpoint_state(folder)["step"]: folder / "model" for folder in folders}
+    steps = {"budget-stage": [0, 3, 6, 9, 12]}.get(name)
+    assert steps is None or [line["step"] for line in lines] == steps
+    assert lines[0]["step"] == 0 and lines[-1]["step"] == max(weights) and len(lines) >= 4
+    logged = {
+        line["step"]: line["holdout_nll"] for line in metrics_of(run) if "holdout_nll" in line
+    }
+    for line in lines:
+        model, total, tokens = float_model(weights.get(line["step"], base)), 0.0, 0
+        for index in held_out(PRESETS[name]["sft_holdout"]):
+            q = questions[index]
+            logprobs, _ = response_logprobs(model, q.prompt, q.demonstration)
+            total, tokens = total - logprobs.sum().item(), tokens + len(logprobs)
+        assert line["nll"] == pytest.approx(total / tokens, rel=1e-5)
+        assert line["step"] == 0 or logged[line["step"]] == line["nll"]
+
+
+def test_pass_at_k_of_a_runs_evaluations(presets):
+    run = presets[1][0]["budget"]
+    evaluated = json_lines(run / "evaluations.jsonl")
+    logged = [line for line in metrics_of(run) if "evaluation" in line]
+    assert len(evaluated) >= 3
+    for line in evaluated:
+        correct, found = line["benches"]["chain"]["correct"], line["benches"]["chain"]["pass"]
+        assert found["1"] == pytest.approx(np.mean(correct) / 2)
+        assert found["2"] == pytest.approx(np.mean([c > 0 for c in correct]))
+    assert logged[-1]["evaluation/pass@2/chain"] == evaluated[-1]["benches"]["chain"]["pass"]["2"]
 
 
 SPLITS = (
@@ -7747,10 +7921,10 @@ def test_the_readmes_reward_function_judges(tmp_path):
 
 def test_the_readmes_methods_differ_from_mifo_in_the_flags_of_their_row(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    head = "| method | flags that differ from MIFO |\n"
+    head = "| method | flags that differ from MIFO | paper | what it needs |\n"
     table = (ROOT / "README.md").read_text().split(head)[1].split("\n\n")[0]
     rows = table.splitlines()[1:]
-    assert len(rows) == 6
+    assert len(rows) == 13
     default = dataclasses.asdict(mifo.parse_config([]))
     for row in rows:
         flags = shlex.split(re.search(r"`(.*)`", row)[1])

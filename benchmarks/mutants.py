@@ -230,7 +230,12 @@ MUTANTS = {
             ("advantages[i] = rows[row].advantage", "advantages[i] = rows[i].advantage"),
             ("part.old if cfg.updates > 1 else logprobs.detach()", "logprobs.detach()"),
             ('per_sequence=cfg.aggregation == "sequence"', "per_sequence=False"),
-            ("cfg.clip_low,\n            cfg.clip_high,", "cfg.clip_high,\n            cfg.clip_low,"),
+            ("cfg.clip_low,\n                cfg.clip_high,",
+             "cfg.clip_high,\n                cfg.clip_low,"),
+            ('sequence_ratio=cfg.rl_loss == "gspo"', "sequence_ratio=False"),
+            ('if cfg.rl_loss == "nft":', 'if cfg.rl_loss == "gspo":'),
+            ("cfg.nft_epsilon, cfg.nft_negative", "cfg.nft_negative, cfg.nft_epsilon"),
+            ('graded = right if cfg.rl_loss == "nft" else rewards', "graded = rewards"),
             ("ref_logprobs=reference", "ref_logprobs=None"),
             ("ask(run.reference, part, cfg.temperature)", "ask(run.reference, part, 1.0)"),
             ("kl_coef=cfg.kl_coef", "kl_coef=0.0"),
@@ -254,8 +259,15 @@ MUTANTS = {
         ]),
         ("gradients_of_sft_steps or behavior_logprobs or order_of_demonstrations", [  # sft_step
             ("losses.top_entropy_count(n, cfg.rho) for n in lengths", "n for n in lengths"),
-            ("run.policy(part.tokens, part.mask, 1.0)  # [B, T-1] each",
-             "run.policy(part.tokens, part.mask, cfg.temperature)"),
+            ("run.policy(part.tokens, part.mask, 1.0, top_k)",
+             "run.policy(part.tokens, part.mask, cfg.temperature, top_k)"),
+            ("weights = weights * losses.sft_weights(", "weights = losses.sft_weights("),
+            ("alpha = cfg.sft_weight_alpha", "alpha = 0.1"),
+            ("loss = loss + losses.sed_penalty", "loss = losses.sed_penalty"),
+            ("(*uncertain, cfg.sed, weights)", "(*uncertain, cfg.sed)"),
+            ("top_k = cfg.sed_k if", "top_k = 2 if"),
+            ("if cfg.sed > 0 and state.sft_phases == 0:", "if False:"),
+            ("cfg.sed_tau or find_sed_tau(run, indices)", "find_sed_tau(run, indices)"),
             ("losses.top_entropy_mask(entropy, part.mask, cfg.rho)", "part.mask"),
             ("losses.sft_loss(logprobs, mask, weights)", "losses.sft_loss(logprobs, mask)"),
             ("losses.sft_loss(logprobs, mask, weights)", "losses.sft_loss(logprobs, part.mask)"),
@@ -289,6 +301,21 @@ MUTANTS = {
             ("kept = sum(map(min, then, now))", "kept = sum(now)"),
             ("(sum(now) - kept) / answers", "(sum(then) - kept) / answers"),
             ("answers += eval_k * len(", "answers += len("),
+        ]),
+        ("test_preset or budget or coin or held_out or pass_at", [
+            ("            begin_sft(run, stage(run))", "            begin_sft(run, sorted(run.demonstrated))"),
+            ("if chosen := within_budget(cfg, state):", "if chosen := state.buffer:"),
+            ("begin_sft(run, next_demonstrations(run))", "begin_sft(run, stage(run)[: cfg.sft_batch])"),
+            ("        elif phase == \"sft\" and len(state.sft_queue) % state.sft_epoch == 0:",
+             "        elif False:"),
+            ("len(state.sft_queue) // cfg.sft_epochs", "len(state.sft_queue)"),
+            ("manual_seed(cfg.seed * 1_000_003 + state.step)", "manual_seed(cfg.seed * 1_000_003)"),
+            ("< cfg.rl_share else", "> cfg.rl_share else"),
+            ("accuracy <= cfg.p and index in run.demonstrated", "accuracy <= cfg.p"),
+            ("if index in used or len(used) < budget:", "if len(used) < budget:"),
+            ("    if len(used) < budget:\n        for", "    if True:\n        for"),
+            ("demonstrated=set(demonstrated) - set(holdout)", "demonstrated=set(demonstrated)"),
+            ('["nll"] / tokens', '["nll"]'),
         ]),
         ("cosine_down", [  # sft_learning_rate
             ('["lr"] = sft_learning_rate(cfg, state)', '["lr"] = cfg.sft_lr'),
@@ -324,24 +351,22 @@ MUTANTS = {
             ('strict = run.cfg.freeze == "strict"', 'strict = run.cfg.freeze != "strict"'),
             ("non_blocking=True) > run.state.threshold", "non_blocking=True) >= run.state.threshold"),
             ("non_blocking=True) > run.state.threshold", "non_blocking=True) < run.state.threshold"),
-            ('if run.cfg.schedule != "interleave":  #', "if True:  #"),
+            ("if run.cfg.schedule in STAGED:  #", "if True:  #"),
             ('return cfg.schedule == "interleave" and cfg.freeze != "off"',
              'return cfg.schedule == "interleave" and cfg.freeze == "strict"'),
         ]),
         ("questions_and_buffer or hard_question or exactly_p or engine_sleeps or its_share "
          "or behavior_model_is_freed or queues_its_epochs or graded_reward", [  # rl_step, train
-            ('if cfg.schedule in ("sft", "sft-then-rl"):  #', 'if cfg.schedule == "sft":  #'),
+            ("if cfg.schedule in STAGED:\n            begin_sft", 'if cfg.schedule == "sft":\n            begin_sft'),
             (">= cfg.buffer_size:", "> cfg.buffer_size:"),
             ("                state.buffer = []", "                pass"),
             ("                end_sft(run)", "                pass"),
             ("        state.step += 1", "        state.step += 2"),
-            ("if cfg.schedule != \"sft\" and state.rl_steps < cfg.steps:",
-             "if cfg.schedule != \"sft\" and state.rl_steps <= cfg.steps:"),
+            ('if cfg.schedule == "sft" or state.rl_steps == cfg.steps:', "if state.rl_steps == cfg.steps:"),
             ("cfg.seed, state.drawn, cfg.questions)", "cfg.seed, 0, cfg.questions)"),
             ("    state.drawn += cfg.questions", "    pass"),
             ("hard = accuracy <= cfg.p", "hard = accuracy < cfg.p"),
             ("hard = accuracy <= cfg.p", "hard = accuracy >= cfg.p"),
-            (" and question.demonstration is not None", ""),
             ("if hard and index not in state.buffer:", "if hard:"),
             ("rewards.view(-1, cfg.samples)", "rewards.view(cfg.samples, -1).T"),
             ("(rewards > cfg.right_above).double()", "(rewards > cfg.right_above).float()"),
@@ -519,6 +544,11 @@ def main() -> int:
         for expression, pairs in MUTANTS[file]:
             expressions.append(expression)
             mutants += [(file, expression, old, new) for old, new in pairs]
+    for file, _, old, _ in mutants:
+        found = (ROOT / file).read_text().count(old)
+        if found != 1:
+            print(f"{file}: occurs {found} times, not once: {old!r}")
+            return 2
     if args.list:
         for file, expression, old, new in mutants:
             print(f"{file}  [{expression}]  {old.strip()}  ->  {new.strip()}")

@@ -121,17 +121,22 @@ BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
 GROUPED = r"[0-9]{1,3}(?:(?:,[0-9]{3})++|(?: [0-9]{3})++)(?![0-9])"  # 1,234 or 1 234
 DIGITS = rf"(?>(?:{GROUPED}|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 GROUP = r"\{[^{}\n]{1,40}\}"
+POWER = rf" ?\^ ?(?:{GROUP}|\([^()\n]{{1,40}}\)|-?[0-9]++)"
+ROOT = rf"\\?sqrt(?:\[[0-9]\])?(?:{GROUP}|\([^()\n]{{1,40}}\))"
 ATOM = (
-    rf"(?>{DIGITS}|\^{GROUP}|\^-?[0-9]++|\\[dt]?frac{GROUP}{GROUP}|\\sqrt{GROUP}|\\pi\b"
+    rf"(?>{DIGITS}|{POWER}|_(?:{GROUP}|[0-9]++)|\\[dt]?frac{GROUP}{GROUP}|{ROOT}|\\pi\b"
     r"|[π√½¼¾⅓⅔⁰¹²³⁴-⁹⁻])"
 )
 JOIN = (
-    r"(?>\s?(?:\\times|\\cdot|[×·*]|x(?= ?10\^))\s?-?|[-+−–/:]|[eE][-+]?(?=[0-9])"
-    r"| (?=[0-9]{1,4}/[0-9]))?"
+    r"(?>\*\*| \*\* |\s?(?:\\times|\\cdot|[×·*]|x(?= ?10\^))\s?-?| ?[-+−–/⁄] ?|:"
+    r"|[eE][-+]?(?=[0-9])| (?=[0-9]{1,4}/[0-9]))?"
 )
+SCALES = {"hundred": r"10^{2}", "thousand": r"10^{3}", "million": r"10^{6}", "billion": r"10^{9}"}
+SCALES |= {"trillion": r"10^{12}", "dozen": "12"}
+SCALE = rf"(?i:({'|'.join(SCALES)})s?)\b"
 NUMBER = re.compile(
-    rf"(?:(?<![\w.)}}^/+−-])[-−–+]|(?<![\w.^/+−-])(?<![\^_}}]\{{))\\?\$?"
-    rf"{ATOM}(?:{JOIN}{ATOM})*+(?:\s?\\?%|[A-Za-z](?!\w))?"
+    rf"(?:(?<![\w.)}}^/+−-])[-−–+]|(?<=[=:] )[-−–] |(?<![\w.^/+−-])(?<![\^_}}]\{{)(?<![\w^]\())\\?\$?"
+    rf"{ATOM}(?:{JOIN}{ATOM})*+(?:\s?\\?%|[A-Za-z](?!\w)| {SCALE})?"
 )
 PLAIN_NUMBER = re.compile(
     r"([-+]?)((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
@@ -154,8 +159,13 @@ BOXED_LETTER = re.compile(
     r"(?i:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? )?"
     r"(?:[(\[] ?([A-Za-z]) ?[)\]]|([A-Za-z])(?= ?[.,;:/&)\]]| -+ | (?:or|and)\b|$))"
 )
-# What joins a second letter to the first
-SECOND = re.compile(rf"[\s*$)}}\]]{{0,6}}(?:,? ?(?:or|and)\b|[,/&;+])[\s*$(\[]{{0,6}}{LETTER}")
+# What joins a second letter to the first, or that it stands beside it
+SECOND = re.compile(
+    rf"[\s*$)}}\]]{{0,6}}(?:,? ?(?:or|and|to|through)\b(?: also)?|[,/&;+|–-])[\s*$(\[]{{0,6}}{LETTER}"
+    rf"|[ *$)}}\]]{{0,6}}[ *$(\[]{{1,6}}{LETTER}(?=[*$)}}\]]{{0,4}}(?: ?[(\[]?[A-Z]\b|[.\n]|$))"
+)
+NEGATION = re.compile(r"\\(?:neg|lnot|not)\b")
+OPTION = re.compile(r"(?<!\w)([A-Z])(?:\)|\. (?=[-0-9(]))")  # (A) 5, B) 6 or C. 7
 
 
 def last_boxed(text: str) -> str | None:
@@ -208,16 +218,15 @@ def boxed_letter(text: str) -> str | None:
     r"""C of `(C)`, `c`, `\text{(C) } 12` and `C - a polygenic score`; None of `B or C`."""
     plain = re.sub(r"\\[a-zA-Z]+|\\.|[{}$*~]", " ", text[:MAX_ANSWER])
     found = BOXED_LETTER.match(" ".join(re.sub("[–—]", "-", plain).split()))
-    if not found or set(re.findall(r"\(([A-Z])\)", found.string)) - {only_letter(found)}:
-        return None
-    return only_letter(found)
+    letter = only_letter(found) if found and not NEGATION.search(text) else None
+    return None if set(OPTION.findall(" ".join(plain.split()))) - {letter} else letter
 
 
 def only_letter(found: re.Match) -> str | None:
     """The letter found, as a capital; None if another one is joined to it."""
     letter = found[found.lastindex].upper()
     second = SECOND.match(found.string, found.end())
-    return letter if not second or second[1] == letter else None
+    return letter if not second or letter in second.groups() else None
 
 
 def chain_answer(text: str) -> str | None:
@@ -290,6 +299,13 @@ def power_of_ten(found: re.Match) -> str:
     return f"{Decimal(re.sub('[{}]', '', found[0])):f}"
 
 
+def scaled(found: re.Match) -> str:
+    r"""7 \text{ million dollars} as 7 \times 10^{6}\text{ dollars}."""
+    scale, rest = found[1] or found[3], found[2]
+    unit = rf"\text{{{rest}}}" if rest and rest.strip() else ""
+    return rf" \times {SCALES[scale.lower()]}{unit}"
+
+
 def times_power(found: re.Match) -> str:
     r"""Of 4.5 x 10^+33 the part after 4.5 as \times 10^{33}."""
     return rf" \times 10^{{{int(found[1] or found[2])}}}"
@@ -317,6 +333,7 @@ def system(found: re.Match) -> str:
 FONT = r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it|normal)?|mbox|boldsymbol|bm|operatorname) ?"
 BOLD = r"\\(?:math(?:bf|it|sf)|boldsymbol|bm) ?"
 END = "(?![A-Za-z])"  # of a command's name
+PRIME = r"'|\\prime"  # of y' and f''(x), which Math-Verify would drop
 FUNCTION = "(arc(?:sin|cos|tan)|sinh?|cosh?|tanh?|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|det)"
 BASE = rf"([0-9]{{1,2}}|{'|'.join(BASES)})"
 DECIMAL = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
@@ -328,6 +345,7 @@ REWRITINGS = (
     (rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}", " "),
     (r"(?<!\\)\\! *+", ""),
     (r"(?<=[0-9])\{,\}(?=[0-9])", ","),
+    (r"(?<=[0-9)]) ?\*\* ?(-?[0-9]++)", r"^{\1}"),
     (rf"\\[dtc]frac{END}", r"\\frac"),
     (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
     (r"\\?\bsqrt ?\(([^()]*+)\)", r"\\sqrt{\1}"),
@@ -345,6 +363,8 @@ REWRITINGS = (
     (r"\{ ?\\(?:rm|bf|it) ([A-Za-z0-9.]++) ?\}", r"{\1}"),
     (r"(?<=[0-9]) (?=i\b)", ""),
     (rf"{BOLD}\{{ ?([A-Za-z]) ?\}}", r" \1"),
+    (r"(?<=[A-Za-z])('{1,3}|\^ ?\{? ?(?:\\prime ?){1,3}\}?)(?![A-Za-z'])",
+     lambda found: f"_{{{'p' * len(re.findall(PRIME, found[0]))}}}"),
     # text around mathematics: \mathbf{(1,2)}  \text{18 apples}  2 \text{ or 3}
     (rf"{BOLD}\{{((?:[^A-Za-z{{}}]|[A-Za-z][^A-Za-z{{}}])[^{{}}]*+)\}}", r"\1"),
     (rf"{BOLD}(?=\{{ ?[-\\(\[0-9])", ""),
@@ -362,6 +382,7 @@ REWRITINGS = (
     (rf"(?<![\w.\\]){DECIMAL}[eE](?:\{{([-+]?[0-9]{{1,9}})\}}|([-+]?[0-9]{{1,9}}))(?!\w|\.[0-9])", power_of_ten),
     (r"(?<=[0-9]) ?(?:[x*]|\\cdot|\\times) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]{1,8}) ?\}|([-+]?[0-9]{1,8}))(?![0-9])",
      times_power),
+    (rf"(?<=[0-9}}]) ?(?:{FONT}\{{ ?{SCALE}([^{{}}]*+)\}}|\b{SCALE})", scaled),
     (r"(?<![\w.^\\/])(?<![0-9] )([0-9]{1,3}(?:,[0-9]{3}){1,6}+|[0-9]{1,9})"
      r"(?: ([0-9]{1,9}) ?/ ?([0-9]{1,9})| ?\\frac ?\{ ?([0-9]{1,9}) ?\} ?\{ ?([0-9]{1,9}) ?\})(?![\w]|\.[0-9])",
      mixed_number),
@@ -409,6 +430,15 @@ def without_words(answer: str) -> str:
     return answer
 
 
+def ratio(answer: str) -> str:
+    r"""3:4:5 as (\frac{3}{5},\frac{4}{5}), for it is not 3/4/5."""
+    *terms, last = answer.rpartition("=")[2].split(":")
+    if len(terms) < 2 or "," in answer or not last:
+        return answer
+    fractions = [rf"\frac{{{term}}}{{{last}}}" for term in terms]
+    return f"({','.join(fractions)})"
+
+
 def plain_text(answer: str) -> str:
     """Without text commands and braces."""
     return " ".join(re.sub(FONT + r"(?=\{)|[{}]", "", answer).split())
@@ -417,7 +447,7 @@ def plain_text(answer: str) -> str:
 def normalise(answer: str) -> str:
     """An answer rewritten, on one line, without the words and the punctuation around it."""
     line = " ".join(re.sub(r"(?<!\\)(?:\$|\\[\[\]()])", "", rewrite(answer)).split())
-    return re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", without_words(line))
+    return ratio(re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", without_words(line)))
 
 
 @lru_cache(4096)
@@ -446,7 +476,8 @@ def math_gold(gold: str) -> str | None:
 OPPOSITES = tuple(set(group.split()) for group in (
     "am pm", "north south east west", "increase decrease", "increased decreased", "more less", "up down",
     "profit loss", "gain loss", "left right", "clockwise counterclockwise anticlockwise", "ad bc",
-    "hundred thousand million billion trillion", "odd even", "positive negative", "maximum minimum",
+    "january february march april may june july august september october november december",
+    "monday tuesday wednesday thursday friday saturday sunday", "odd even", "positive negative", "maximum minimum",
     "integer real rational natural complex", "integers reals",
 ))
 # fmt: on
@@ -459,9 +490,7 @@ BOUNDS = re.compile(
 
 
 def opposed(answer: str, gold: str) -> bool:
-    """As 3:30 p.m. and 3:30 a.m., an increase and a decrease, 5 or more and 5."""
-    if set(BOUNDS.findall(answer)) != set(BOUNDS.findall(gold)):
-        return True
+    """As 3:30 p.m. and 3:30 a.m., an increase and a decrease."""
     one, other = (set(re.findall("[a-z]+", t.lower().replace(".", ""))) for t in (answer, gold))
     for group in OPPOSITES:
         if one & group and other & group and one & group != other & group:
@@ -601,6 +630,20 @@ def compare_letters(answer: str, gold: str) -> str | None:
 
 
 CLOCK = re.compile("0?([0-9]{1,2})(?::([0-9]{2}))?")
+DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
+# 5 \text{ ft } 6 \text{ in}, of which Math-Verify would read the 5 alone
+COMPOUND = re.compile(rf"[0-9}}] ?{FONT}\{{(?! ?(?:or|and)\b)[^{{}}]*\}}.*[0-9]")
+EXPONENT = re.compile(r"[\^_] ?\{?[-+]?[0-9]+\}?")  # of a unit, such as m/s^2
+
+
+def compare_in_parts(answer: str, gold: str) -> str | None:
+    """Dates, and quantities in several units, are equal part by part."""
+    for text in (answer, gold):
+        if DATE.fullmatch(text) or COMPOUND.search(EXPONENT.sub("", text)):
+            return compare_text(
+                *(plain_text(t).casefold().replace(" ", "") for t in (answer, gold))
+            )
+    return None
 
 
 def compare_times(answer: str, gold: str) -> str | None:
@@ -627,7 +670,13 @@ def compare_plainly(answer: str, gold: str) -> str | None:
         return "unparsed"
     if answer == gold:
         return "correct"
-    for compare in (compare_numbers, compare_times, compare_letters, compare_words):
+    for compare in (
+        compare_numbers,
+        compare_times,
+        compare_in_parts,
+        compare_letters,
+        compare_words,
+    ):
         if verdict := compare(answer, gold):
             return verdict
     if nesting(answer) > MAX_NESTING or REPEATS.search(answer) or ADJACENT.search(answer):
@@ -653,10 +702,14 @@ def find_and_compare(response: str, gold: str, kind: Kind, extract: str) -> str 
         return "unparsed" if answer is None or gold is None else kind.compare(answer, gold)
     written, gold = gold.rpartition("####")[2], normalise_gold(gold)
     if extract == "any" and len(BOX.findall(response)) != 1:
-        return ("any", response, gold) if response.strip() else "unparsed"
+        last = response.rstrip().rpartition("\n")[2]
+        if not last:
+            return "unparsed"
+        return "wrong" if opposed(last[-MAX_ANSWER:], written) else ("any", response, gold)
     found = kind.find(response) or ""
     answer = normalise(found)
-    if answer and opposed(found, written):
+    bounds = [set(BOUNDS.findall(text)) for text in (found, written)]
+    if answer and (bounds[0] != bounds[1] or opposed(found, written)):
         return "wrong"
     return compare_plainly(answer, gold) or ("boxed", answer, gold)
 
@@ -878,16 +931,20 @@ def compare_by_math_verify(how: str, answer: str, gold: str) -> str:
     golds = parse_latex(gold)
     if how == "any":
         either = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
-        found = math_verify.parse(rewrite(answer), either, parsing_timeout=None)
-        if words(gold):  # which Math-Verify takes for products
-            texts = [normalise(f) for f in found if isinstance(f, str)]
-            right = any(compare_words(text, gold) == "correct" for text in texts)
-            return "correct" if right else "wrong" if texts else "unparsed"
+        answer = rewrite(answer)
+        found = math_verify.parse(answer, either, parsing_timeout=None)
+        cut = whole_number(found[-1], answer) if found and isinstance(found[-1], str) else ""
+        if (verdict := compare_plainly(normalise(cut), gold)) in ("correct", "wrong"):
+            return verdict
+        if found and cut != found[-1]:
+            found = parse_latex(normalise(cut))
     else:
         found = parse_latex(answer)
     # What is too large to be evaluated can still be right by its form.
     found = [f for f in found if isinstance(f, str) or f in golds or not too_large(f)]
     golds = [g for g in golds if isinstance(g, str) or g in found or not too_large(g)]
+    if how == "boxed":
+        found = [f for f in found if f in golds or not false_equation(f)]
     understood = any(not isinstance(f, str) for f in found)  # and not only cut out
     if how == "gold" and not understood:
         return "unparsed"
@@ -904,6 +961,31 @@ def compare_by_math_verify(how: str, answer: str, gold: str) -> str:
     if not understood:
         return "unparsed"
     return "error" if failed else "wrong"
+
+
+NUMBERS = re.compile(rf"{NUMBER.pattern}(?: or {NUMBER.pattern}){{0,4}}")
+
+
+def whole_number(cut: str, text: str) -> str:
+    """The number of which Math-Verify has cut out a piece of the text: 7/8, or `7 or 8`, for 7."""
+    numbers = [found.group() for found in NUMBERS.finditer(text)]
+    if cut in numbers:
+        return cut
+    piece = re.compile(rf"(?<![0-9.,]){re.escape(cut)}(?![0-9])")
+    return deque([cut, *filter(piece.search, numbers)], maxlen=1)[0]
+
+
+def false_equation(expression) -> bool:
+    """Of 6+2=7 Math-Verify would take the 7. Rounding, as in 2/3=0.67, is none."""
+    import sympy
+
+    if not isinstance(expression, sympy.Eq):
+        return False
+    try:
+        left, right = (complex(side.evalf()) for side in expression.args)
+    except Exception:  # no numbers
+        return False
+    return abs(left - right) > 0.05 * max(abs(left), abs(right))
 
 
 OR = re.compile(r"\\text ?\{ ?or ?\}|\\lor\b|\\vee\b|\bor\b")
@@ -1124,8 +1206,15 @@ def compare_by_value() -> None:
         except Exception:  # no numbers: only simplifying can tell
             return False
 
+    def solve(equation, symbols):
+        """Two equations without a solution are not therefore equal."""
+        if (solutions := sympy.solve(equation, symbols)) == []:
+            raise ValueError("no solution")
+        return solutions
+
     math_verify.grader.sympy_symbolic_eq = equal
     math_verify.grader.sympy_numeric_eq = numbers_equal
+    math_verify.grader.solve = solve
 
 
 def too_large(expression) -> bool:

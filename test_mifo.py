@@ -3049,6 +3049,13 @@ EQUAL_ANSWERS = [  # gold, answers that are right
     # options, roots, dollars
     (r"\frac{1}{\sqrt n}", r"\sqrt{\frac1n}"), ("(B)", "B"), ("0.5", r"\frac12"), ("5", r"\$5"), (r"\$5.50", "5.5"),
     ("-1./3", r"-\frac13"), (r"\frac{2}{4}", r"\frac12"), (r"\sqrt{x^4}", "x^2"),
+    # numbers with a scale, ratios, equations, units
+    (r"7 \text{ million}", "7,000,000"), ("7000000", "7 million"), (r"3.5 \text{ billion}", r"3.5\times 10^9"),
+    (r"\$7{,}000{,}000", r"7 \text{ million dollars}"), (r"2 \text{ dozen}", "24"), (r"5 \text{ hundred}", "500"),
+    ("3:4:5", "6:8:10"), ("a:b:c=3:4:5", "3:4:5"), ("4", "2+2=4"), ("0.67", r"\frac23=0.67"), ("f(0)=1", "f(0)=1"),
+    (r"5 \text{ ft } 6 \text{ in}", r"5 \text{ ft} 6 \text{ in}"), (r"9.8 \text{ m/s}^2", "9.8"),
+    (r"6.67e-11", r"6.67\times 10^{-11} \text{ N} \cdot \text{m}^2/\text{kg}^{2}"), ("8", "2**3"),
+    ("f'(x)", r"f^{\prime}(x)"),
 ]
 OTHER_ANSWERS = [  # gold, near misses
     # tiny numbers
@@ -3116,8 +3123,38 @@ OTHER_ANSWERS = [  # gold, near misses
     (r"\sqrt{x^2}", "x"), ("x", r"\sqrt{x^2}"), (r"\sqrt{\frac{1}{n}}", r"\frac{1}{n}"), ("B", "(A) 12"),
     ("B", r"\text{(A)}"), ("B", "b"), (r"\text{(B)}", "C"), ("4", r"4\sqrt(2)"), ("(x^2)^{1/2}", "x"),
     ("x^{1/2}", "x^{1/3}"), (r"\sqrt{x}+1", r"\sqrt{x}-1"),
+    # numbers with a scale, ratios, equations, primes
+    ("7", r"7 \text{ million}"), ("7", "7 thousand"), (r"7 \text{ million}", r"7 \text{ thousand}"),
+    ("3:4:5", "3:5:4"), ("a:b:c=3:4:5", "a:b:c=3:5:4"), (r"1:\sqrt3:2", r"1:2:\sqrt3"), ("7", "6=7"), ("7", "6+2=7"),
+    ("f(2)=3", "f(3)=2"), ("f(2)=3", "f(2)=4"), ("x^2=-1", "x^2=-2"), ("f'(x)", "f(x)"), ("y'=2x", "y=2x"),
+    ("f''(x)", "f'(x)"), ("x'", "x"), ("24", r"24 \text{ dozen}"),
+    # several units, dates
+    (r"12 \text{ hours } 30 \text{ minutes}", r"12 \text{ hours } 40 \text{ minutes}"),
+    (r"12 \text{ hours } 30 \text{ minutes}", "12"), (r"5 \text{ ft } 6 \text{ in}", r"5 \text{ ft } 7 \text{ in}"),
+    ("5", r"5 \text{ ft } 6 \text{ in}"), (r"5 \text{ ft}, 6 \text{ in}", r"6 \text{ ft}, 5 \text{ in}"),
+    ("5", r"5 \text{ cm and } 6 \text{ cm}"), ("3", r"2 \text{ when } x=3"), ("2021-01-05", "2020-01-04"),
+    ("2021-01-05", "2015"), ("14/3/2021", "14/3/2022"), (r"\text{5 January}", r"\text{5 February}"),
+    (r"14 \text{ March } 2021", r"15 \text{ March } 2021"), (r"30^\circ 15' 20''", r"30^\circ 15' 30''"),
 ]
 # fmt: on
+
+
+def test_a_response_searched_for_any_answer_is_judged_as_a_box_is():
+    # fmt: off
+    right = [  # gold, response
+        (r"\frac78", "The answer is 7/8."), ("3:30 p.m.", r"It is $3:30 \text{ p.m.}$"),
+        ("7", "The answer is 7. That was on page 17 of 27."),
+    ]
+    wrong = [
+        ("7", "The answer is 7/8."), ("7", "The answer is 7 or 8."), ("7", "It is 7 million."),
+        ("2021-01-05", "It is $2020-01-04$"), ("3:30 p.m.", r"It is $3:30 \text{ a.m.}$"),
+        (r"12 \text{ hours } 30 \text{ minutes}", r"It is $12 \text{ hours } 40 \text{ minutes}$"),
+    ]
+    # fmt: on
+    golds, responses = map(list, zip(*right, *wrong))
+    with evaluation.Checker(extract="any", limit=20.0) as checker:
+        verdicts = checker.check(responses, golds, ["math"] * len(golds))
+    assert verdicts == ["correct"] * len(right) + ["wrong"] * len(wrong)
 
 
 def test_answers_that_others_misjudge():
@@ -3141,6 +3178,9 @@ def test_answers_that_others_misjudge():
         ("1000", "It is 10^3."), ("1000", "It is 10³."), ("3500000", "The mass is 3.5e6"), ("73", "It is **73**."),
         ("300000000", r"about 3 \times 10^8 m/s"), ("-73", "It is **-73**."), ("1234.5", "It is $1,234.50."),
         ("24", "it weighs 24kg"), ("10", "10 %."), ("6", "2*3 = 6."), ("-5", "(-5)"), ("0.5", "#### 1/2"),
+        ("8", "It is 2**3"), ("32", r"It is 2^{5}"), ("0.2", "It is 1 / 5"), ("7000000", "It is 7 million."),
+        ("5000", "5 × 10^3"), ("5.5", "5½"), ("13", "8 + 5 = 13"), ("12", "twelve (12)"), ("2", r"\sqrt{4}"),
+        ("-4", "x = - 4"),
         ("1000", "It is 1 000."), ("5", "the 5th"), ("42", "It is $42$."), ("0.5", r"It is $\frac{1}{2}$."),
     ], [
         ("3", "the change is −3"), ("2", "The answer is 1/2."), ("3", "It is 10^3."), ("3", "It is 10^{3}."),
@@ -3148,10 +3188,15 @@ def test_answers_that_others_misjudge():
         ("3", r"It is 2\sqrt{3}."), ("3", "It is 2√3."), ("2", "It is 2π."), ("2", r"It is 2\pi."),
         ("2", "It is 2x."), ("234", "It is 1,234 apples"), ("5", "between 3-5"), ("5", "5:30"), ("19", "COVID-19"),
         ("7", "x_7"), ("7", "x^{7}"), ("2", "It is 2 2/3."), ("2", "#### 1/2"),
+        ("4", "x = - 4"), ("7", "It is 7 million."), ("4", "sqrt(4)"), ("5", r"\sqrt[3]{5}"), ("5", "8 - 5"),
+        ("5", "1⁄5"), ("5", "1 / 5"), ("3", "5*10**3"), ("3", "2 ** 3"), ("3", "2 ^ 3"), ("3", "10^(3)"),
+        ("5", "5_8"), ("12", "12_{8}"), ("5", "on 2021-01-05"), ("2015", "on 2021-01-05"),
+        ("5", "8 + 5"), ("3", "x^(3)"),
     ]),
     ("choice", [
         ("B", r"\boxed{b}"), ("B", r"\boxed{(b)}"), ("B", r"\boxed{B. vitamin C}"), ("B", r"\boxed{Option B}"),
         ("B", r"\boxed{B – text}"), ("B", r"\boxed{\text{(B) } 12}"), ("B", "The answer is B, not C."),
+        ("B", "The answer is B\nC is wrong"), ("B", "The answer is B. C is wrong"),
         ("B", "The answer is B, I think."), ("C", "The answer is (c)."), ("K", r"\boxed{K}"), (r"\text{C}", "C"),
         ("B", r"The answer is $\text{(B)}$."), ("B", "\\boxed{}\nThe answer is B"), ("c", "Answer: C"),
     ], [
@@ -3159,6 +3204,10 @@ def test_answers_that_others_misjudge():
         ("B", r"\boxed{BC}"), ("B", r"\boxed{\text{B and C}}"), ("B", r"\boxed{(B) 12 or (C) 13}"),
         ("B", "The answer is B and C."), ("B", "The answer is (B) or (C)."), ("A", "The answer is A or B."),
         ("A", r"\boxed{a polygenic score}"), ("B", "The answer is **B** or **C**"),
+        ("B", "The answer is (B)(C)"), ("B", "The answer is (B) (C) (D)"), ("B", "The answer is B C D"),
+        ("B", "The answer is B|C|D"), ("B", "The answer is B - C"), ("B", "The answer is B to D"),
+        ("A", r"\boxed{A and also B}"), ("A", r"\boxed{A) 5 B) 6}"), ("A", r"\boxed{A. 5, B. 6}"),
+        ("B", r"\boxed{\neg B}"), ("A", r"\boxed{A - B}"),
     ]),
 ])
 # fmt: on

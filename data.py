@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -455,7 +456,7 @@ def digest(*parts) -> str:
 # Layouts: what a row asks, its answer, its demonstration
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
 
 
@@ -569,13 +570,15 @@ def read_fields(
     answer, kind = gold_and_kind(row, answer_field, mostly_worked)
     written = answer_text(row.get(answer_field))
     worked = written if "####" in written else ""
-    context, options, fault = cell_text(row.get("context")), row.get("options"), ""
+    context, options, fault = cell_text(row.get("context")), row_options(row), ""
     if question and context:
         question = f"{context}\n{question}"
-    if kind == "choice" and options:
-        if isinstance(options, list) and len(options) <= len(LETTERS):
+    if kind == "choice" and options != []:
+        if options and len(options) <= len(LETTERS):
             lettered = [f"\n{letter}. {option}" for letter, option in zip(LETTERS, options)]
             question += "\n" + "".join(lettered) + PICK
+            if answer and answer not in LETTERS[: len(options)]:
+                fault = "answer is none of the options"
         else:
             fault = f"options are no list of at most {len(LETTERS)}"
     return Example(
@@ -596,9 +599,10 @@ def gold_and_kind(row: dict, field: str, mostly_worked: bool = False) -> tuple[s
 
     Of a worked solution that ends in `#### N` (GSM8K) gold is N without its thousands commas, and
     where most rows are such, a row without `####` has no gold. A column `kind` says how answers are
-    checked; else it is choice where there are options, number for N, and math.
+    checked; else it is choice where there are options, number for N, and math. Where one of the
+    options is right, gold is its letter.
     """
-    written = answer_text(row.get(field))
+    written, options = answer_text(row.get(field)), row_options(row)
     _, hashes, result = written.rpartition("####")
     if hashes:
         gold = re.sub(r",(?=\d{3})", "", result.strip())
@@ -606,18 +610,48 @@ def gold_and_kind(row: dict, field: str, mostly_worked: bool = False) -> tuple[s
         gold = "" if mostly_worked else written.strip()
     kind = cell_text(row.get("kind"))
     if not kind:
-        kind = "choice" if row.get("options") else "number" if hashes else "math"
+        kind = "choice" if options != [] else "number" if hashes else "math"
+    if kind == "choice" and options and gold:
+        gold = option_letter(gold if hashes else row.get(field), options) or gold
     return gold, kind
+
+
+def row_options(row: dict) -> list | None:
+    """The texts of a multiple choice, of whichever column; [] if there is none, None if they are no
+    list."""
+    options = row.get("options") or row.get("choices") or []
+    if isinstance(options, dict):  # {"text": [...], "label": [...]}, as ARC has them
+        options = options.get("text")
+    return options if isinstance(options, list) else None
+
+
+def option_letter(answer, options: list) -> str:
+    r"""The letter of the right option, which is given as a letter, as the option's text or as its
+    index, counted from 0; "" if it is none of them.
+
+        option_letter("(b)", ["one", "two"]), option_letter("two", ["one", "two"]) and
+        option_letter(1, ["one", "two"]) are B
+    """
+    letters, text = LETTERS[: len(options)], answer_text(answer).strip()
+    bare = re.sub(r"\\[a-z]+|[^A-Za-z0-9]", "", text)
+    if len(bare) == 1 and bare.upper() in letters:
+        return bare.upper()
+    texts = [cell_text(option).strip() for option in options]
+    if isinstance(answer, str) and texts.count(text) == 1:
+        return letters[texts.index(text)] if texts.index(text) < len(letters) else ""
+    if text.isdecimal() and int(text) < len(letters):
+        return letters[int(text)]
+    return ""
 
 
 def cell_text(value) -> str:
     """A cell as text: numbers are written out; null, NaN and whatever is not text are empty."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC's answers are stored as floats
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number and value == value else ""
+    if isinstance(value, float) and math.isfinite(value):
+        text = f"{Decimal(repr(value)):f}"  # 1e-05 is 0.00001
+        return text.removesuffix(".0")  # AMC's answers are stored as floats
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def answer_text(value) -> str:
@@ -657,8 +691,7 @@ def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = 
 # --------------------------------------------------------------------------------------------------
 # Questions of a data set
 
-NUMBER = re.compile(r"-?\$?(\d+\.?\d*|\.\d+)%?")
-PLAIN_GOLD = re.compile(r"-?\d+(\.\d+)?|-?\\d?frac\{\d+\}\{\d+\}")  # needs no checker to be parsed
+UNMATCHED = "cannot be matched by any response"  # of gold answers
 CHARS_A_TOKEN = 128  # no tokenizer gets by on one token for so many characters of a whole text
 FEATURES = datasets.Features(
     {
@@ -710,12 +743,26 @@ class Questions(Sequence):
         return question
 
     def report(self) -> str:
-        faults = [
-            f"{len(indices)} {reason} (first: {self.rows.name(indices[0])})"
-            for reason, indices in self.dropped.items()
-        ]
+        faults = []
+        for reason, indices in self.dropped.items():
+            if reason == UNMATCHED:
+                golds = dict(zip(self.table["index"][:], self.table["answer"][:]))
+                unmatched = [(self.rows.name(index), golds[index]) for index in indices]
+                faults.append(name_unmatched(unmatched, len(self.table)))
+            else:
+                faults.append(f"{len(indices)} {reason} (first: {self.rows.name(indices[0])})")
         dropped = f"; dropped: {', '.join(faults)}" if faults else ""
         return f"{len(self)} of {len(self.table)} questions kept{dropped}"
+
+
+def name_unmatched(unmatched: list[tuple[str, str]], count: int) -> str:
+    """Gold answers that nothing can equal, by the names of their rows:
+
+    2 of 272 answers cannot be matched by any response: row 17 ("$t(0,4]$"), row 31 ("proof")
+    """
+    named = [f'{name} ("{" ".join(gold.split()):.60}")' for name, gold in unmatched[:10]]
+    more = ["..."] if len(unmatched) > 10 else []
+    return f"{len(unmatched)} of {count} answers {UNMATCHED}: {', '.join(named + more)}"
 
 
 def load_questions(
@@ -745,8 +792,9 @@ def load_questions(
     answer, and a question comes with its row. A row is dropped for whatever is wrong with it, its
     demonstration included; a row that has no demonstration is kept.
     The first load tokenises and checks every row; later ones read the outcome from cache_dir,
-    where its name is a digest of the data, the tokenizer, the settings and this file's text. On
-    many ranks load on rank 0, wait, then load on the others with the same arguments.
+    where its name is a digest of the data, the tokenizer, the settings and the text of this file
+    and of the checker's. On many ranks load on rank 0, wait, then load on the others with the same
+    arguments.
     Raises ValueError, one line, if the source cannot be read or nothing is left of it.
     """
     if tokenizer.eos_token_id is None:
@@ -774,7 +822,8 @@ def load_questions(
         outcome = []
         for example in examples:
             if example.fault:
-                outcome.append({"index": example.index, "fault": example.fault})
+                gold = example.answer if example.fault == UNMATCHED else None  # for the report
+                outcome.append({"index": example.index, "fault": example.fault, "answer": gold})
                 continue
             if example.id in ids:
                 example.id += f"#{example.index}"
@@ -811,8 +860,9 @@ def tokenizer_state(tokenizer) -> tuple:
 def checker_state(checker) -> tuple | None:
     if checker is None:
         return None
+    text = Path(sys.modules[type(checker).__module__].__file__).read_bytes()
     version = importlib.metadata.version("math-verify")
-    return checker.extract, checker.require_think, known_kinds(checker), version
+    return checker.extract, checker.require_think, known_kinds(checker), text, version
 
 
 def known_kinds(checker) -> tuple[str, ...]:
@@ -832,9 +882,6 @@ def prepare(
     _, generation_prefix, template = style
     for example in examples:
         example.fault = example_fault(example, known_kinds(checker), rewarded)
-        number = example.kind == "number" and not rewarded
-        if number and not (example.fault or NUMBER.fullmatch(example.answer)):
-            example.fault = "gold answer cannot be parsed"
 
     good = [example for example in examples if not example.fault]
     before = begin_of_text(tokenizer, template)
@@ -886,17 +933,12 @@ def logprobs_match(logprobs, demonstration: list[int]) -> bool:
 
 def verify(examples: list[Example], checker) -> None:
     """Adds a fault where gold is unusable, or the demonstration's answer is not gold."""
-    answers = {(example.answer, example.kind) for example in examples}
-    asked = sorted(
-        (gold, kind)
-        for gold, kind in answers
-        if kind not in ("math", "number") or not PLAIN_GOLD.fullmatch(gold)
-    )
+    asked = sorted({(example.answer, example.kind) for example in examples})
     verdicts = checker.check_golds(*map(list, zip(*asked))) if asked else []
     unusable = {answer for answer, verdict in zip(asked, verdicts) if verdict != "correct"}
     for example in examples:
         if (example.answer, example.kind) in unusable:
-            example.fault = "gold answer cannot be parsed"
+            example.fault = UNMATCHED
 
     shown = [e for e in examples if e.demonstration is not None and not e.fault]
     verdicts = checker.check(

@@ -38,10 +38,12 @@ import subprocess
 import tempfile
 import time
 import traceback
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
@@ -52,38 +54,50 @@ VERDICTS = ("correct", "wrong", "unparsed", "timeout", "error")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of answer: how it is found in a response, which golds are usable, how both compare."""
+    """A kind of answer. Training, evaluation, `grade`, --help and the README's table go by this."""
 
-    where: str  # in a response the answer stands, in words, for --help
+    answer: str  # what a gold answer is, in words
+    where: str  # in a response the answer stands, in words
     find: Callable[[str], str | None]  # response -> answer, None if there is none
-    gold: str  # a regular expression; Math-Verify, where it compares, must understand the gold, too
+    # A row's gold answer -> as it is compared, None if nothing can equal it; Math-Verify, where it
+    # compares, must understand it, too.
+    gold: Callable[[str], str | None]
     compare: Callable[[str, str], str] | None = None  # (answer, gold) -> verdict; None: Math-Verify
 
 
 # The functions stand below, hence the lambdas.
 KINDS = {
-    "math": Kind(r"the last \boxed{}", lambda response: last_boxed(response), ".+"),
+    "math": Kind(
+        "a number or a formula",
+        r"the last `\boxed{}`, equal as mathematics",
+        lambda response: last_boxed(response),
+        lambda gold: math_gold(gold),
+    ),
     "number": Kind(
-        r"the last \boxed{}, else after the last ####, else the last plain number",
+        "a number",
+        r"the last `\boxed{}`, else after the last `####`, else the last number",
         lambda response: number_answer(response),
-        ".+",
+        lambda gold: math_gold(gold) if re.search("[0-9]", gold) else None,
     ),
     "choice": Kind(
-        r"a letter A to J in \boxed{}, else after `answer is`, else alone on the last line",
+        "a letter, A to Z",
+        r"a letter in `\boxed{}`, else after `answer is`, else alone on the last line",
         lambda response: choice_answer(response),
-        "[A-J]",
+        lambda gold: boxed_letter(gold),
         lambda answer, gold: compare_text(answer, gold),
     ),
     "chain": Kind(
-        "the last [...], as in the embedded task",
+        "any text",
+        "the last `[...]`, as in the embedded task",
         lambda response: chain_answer(response),
-        ".+",
+        lambda gold: gold.strip() or None,
         lambda answer, gold: compare_text(answer, gold),
     ),
     "countdown": Kind(
-        r"an expression in \boxed{}, else in [...]; a gold answer is like `3 5 7 = 22`",
+        "numbers and target, `3 5 7 = 22`",
+        r"an expression in `\boxed{}`, else in `[...]`, that uses each number once",
         lambda response: last_boxed(response) or chain_answer(response),
-        "[0-9]+( [0-9]+)* = [0-9]+",
+        lambda gold: gold if re.fullmatch("[0-9]+( [0-9]+)* = [0-9]+", gold) else None,
         lambda answer, gold: compare_countdown(answer, gold),
     ),
 }
@@ -96,49 +110,87 @@ MAX_ANSWER = 1000  # characters: 20 times MATH-500's longest gold answer; longer
 MAX_NESTING = 10  # of brackets: 2 in MATH-500's gold answers, 5 in its worked solutions
 # No answer says the same 20 times over, but for digits.
 REPEATS = re.compile(r"(\D.{0,11}?)\1{19}", re.DOTALL)
-BOX = re.compile(r"\\boxed\s{0,4}\{")
+# A box without braces holds a number, or a letter alone.
+BOX = re.compile(r"\\(?:boxed|fbox)\s{0,4}(?:(\{)|([-+]?\.?[0-9][0-9.,/]*|[A-Za-z](?=[\s$.,)]*$)))")
+BOXES = 100  # of which all but the first are empty: as far back as a filled one is looked for
+EMPTY = re.compile(r"(?:[\s~${}]|\\[,;:! ]|\\text)*")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace does not count
-NUMBER = re.compile(
-    r"(?:(?<![\w.)])-)?(?<![\w.])\$?"  # a minus after an operand is no sign
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+# The longest piece of prose that reads as a number, such as -1,234.5 or 2 2/3 or 3.5e6 or 10^{-3}
+# or 2√3 or 62.5%: what it is worth, comparing must tell. Nothing in it is tried a second time
+# (?> and ++), and none begins within a word, a power or a formula.
+GROUPED = r"[0-9]{1,3}(?:(?:,[0-9]{3})++|(?: [0-9]{3})++)(?![0-9])"  # 1,234 or 1 234
+DIGITS = rf"(?>(?:{GROUPED}|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
+GROUP = r"\{[^{}\n]{1,40}\}"
+POWER = rf" ?\^ ?(?:{GROUP}|\([^()\n]{{1,40}}\)|-?[0-9]++)"
+ROOT = rf"\\?sqrt(?:\[[0-9]\])?(?:{GROUP}|\([^()\n]{{1,40}}\))"
+ATOM = (
+    rf"(?>{DIGITS}|{POWER}|_(?:{GROUP}|[0-9]++)|\\[dt]?frac{GROUP}{GROUP}|{ROOT}|\\pi\b"
+    r"|[π√½¼¾⅓⅔⁰¹²³⁴-⁹⁻])"
 )
-PLAIN_NUMBER = re.compile(r"([-+]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)")
+JOIN = (
+    r"(?>\*\*| \*\* |\s?(?:\\times|\\cdot|[×·*]|x(?= ?10\^))\s?-?| ?[-+−–/⁄] ?|:"
+    r"|[eE][-+]?(?=[0-9])| (?=[0-9]{1,4}/[0-9]))?"
+)
+SCALES = {"hundred": r"10^{2}", "thousand": r"10^{3}", "million": r"10^{6}", "billion": r"10^{9}"}
+SCALES |= {"trillion": r"10^{12}", "dozen": "12"}
+SCALE = rf"(?i:({'|'.join(SCALES)})s?)\b"
+NUMBER = re.compile(
+    rf"(?:(?<![\w.)}}^/+−-])[-−–+]|(?<=[=:] )[-−–] |(?<![\w.^/+−-])(?<![\^_}}]\{{)(?<![\w^]\())\\?\$?"
+    rf"{ATOM}(?:{JOIN}{ATOM})*+(?:\s?\\?%|[A-Za-z](?!\w)| {SCALE})?"
+)
+PLAIN_NUMBER = re.compile(
+    r"([-+]?)((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+)
+POWER_OF_TEN = re.compile(
+    r"([-+]?)\{?(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?\\times ?)?"
+    r"10 ?\^ ?(?:\{ ?(-?[0-9]{1,3}) ?\}|([0-9]{1,3}))\}?"
+)
 FRACTION = re.compile(
     r"([-+]?)(?:\\[dt]?frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))|([0-9]+)/([0-9]+))"
 )
-WORDS = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s?\{([^{}\\]*)\}")
 # A and I are also words: bare, they are answers only where the sentence ends.
-LETTER = r"(?:\(([A-J])\)|([AI])(?=\**\s{0,4}(?:[.,;:)}\]$*\n]|$))|([B-HJ])(?![\w'+-]))"
+LETTER = r"([B-HJ-Z](?![\w'+-])|[AI](?=\**\s{0,4}(?:[.,;:)}\]$*\n]|$|or\b|and\b)))"
 ANSWER_IS = re.compile(
     r"(?i:answer|option|choice)\**(?i:\s{1,4}is\b|\s{0,4}:)[\s:*]{0,6}(?i:(?:option|choice)\s)?"
-    rf"[*$\\(\[]{{0,4}}(?:(?:text|textbf|mathrm|mathbf)\{{)?(?:{LETTER})"
+    rf"[*$\\(\[]{{0,4}}(?:(?:text|textbf|mathrm|mathbf)\{{\(?)?(?:(?<=\()([A-Za-z])(?=\))|{LETTER})"
 )
-LAST_LETTER = re.compile(r"[\s*$(\[]{0,8}([A-J])[\s*$).\]]{0,8}")
-BOXED_LETTER = re.compile(r"\(([A-J])\)|([A-J])(?=[.):]|$)")
+LAST_LETTER = re.compile(r"[\s*$(\[]{0,8}([A-Z])[\s*$).\]]{0,8}|\(([a-z])\)[\s.]{0,4}")
+BOXED_LETTER = re.compile(
+    r"(?i:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? )?"
+    r"(?:[(\[] ?([A-Za-z]) ?[)\]]|([A-Za-z])(?= ?[.,;:/&)\]]| -+ | (?:or|and)\b|$))"
+)
+# What joins a second letter to the first, or that it stands beside it
+SECOND = re.compile(
+    rf"[\s*$)}}\]]{{0,6}}(?:,? ?(?:or|and|to|through)\b(?: also)?|[,/&;+|–-])[\s*$(\[]{{0,6}}{LETTER}"
+    rf"|[ *$)}}\]]{{0,6}}[ *$(\[]{{1,6}}{LETTER}(?=[*$)}}\]]{{0,4}}(?: ?[(\[]?[A-Z]\b|[.\n]|$))"
+)
+NEGATION = re.compile(r"\\(?:neg|lnot|not)\b")
+OPTION = re.compile(r"(?<!\w)([A-Z])(?:\)|\. (?=[-0-9(]))")  # (A) 5, B) 6 or C. 7
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{} holds; of nested ones the innermost.
+    r"""What the last \boxed{} (or \fbox{}) holds; of nested ones the innermost. Empty ones are
+    passed over.
 
     None: there is none, it is not closed, or it is too long. There is no falling back from a box
     that the token limit has cut off to an earlier one.
     """
-    end = len(text)
-    while (start := text.rfind("\\boxed", 0, end)) >= 0:
-        opening = BOX.match(text, start)
-        if opening:
-            depth = 1
-            for token in BRACES.finditer(text, opening.end(), opening.end() + MAX_ANSWER + 1):
-                depth += {"{": 1, "}": -1}.get(token.group(), 0)
-                if depth == 0:
-                    return text[opening.end() : token.start()]
-            return None
-        end = start
+    for opening in reversed(deque(BOX.finditer(text), maxlen=BOXES)):
+        if opening[2]:
+            return opening[2]
+        depth, held = 1, None
+        for token in BRACES.finditer(text, opening.end(), opening.end() + MAX_ANSWER + 1):
+            depth += {"{": 1, "}": -1}.get(token.group(), 0)
+            if depth == 0:
+                held = text[opening.end() : token.start()]
+                break
+        if held is None or not EMPTY.fullmatch(held):
+            return held
     return None
 
 
 def number_answer(text: str) -> str | None:
-    r"""The last \boxed{}, else what stands after the last `####`, else the last plain number."""
+    r"""The last \boxed{}, else what stands after the last `####`, else the last number."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed
@@ -146,21 +198,35 @@ def number_answer(text: str) -> str | None:
     if marker:
         first = NUMBER.search(rest.partition("\n")[0])
         return first.group() if first else None
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    last = deque(NUMBER.finditer(text), maxlen=1)
+    return last[0].group() if last else None
 
 
 def choice_answer(text: str) -> str | None:
-    r"""A letter A to J: boxed (`\boxed{C. text}`, too), else the last "answer is (C)", else alone
-    on the last line."""
+    r"""A letter: boxed (`\boxed{C. text}`, too), else the last "answer is (C)", else alone on the
+    last line. Two different letters are no answer."""
     boxed = last_boxed(text)
     if boxed is not None:
-        found = BOXED_LETTER.match(re.sub(r"\\[a-z]+|[{}$*\s\\]", "", boxed))
-    elif last := deque(ANSWER_IS.finditer(text), maxlen=1):
-        found = last[0]
-    else:
-        found = LAST_LETTER.fullmatch(text.rstrip()[-40:].rpartition("\n")[2])
-    return found[found.lastindex] if found else None
+        return boxed_letter(boxed)
+    if last := deque(ANSWER_IS.finditer(text), maxlen=1):
+        return only_letter(last[0])
+    found = LAST_LETTER.fullmatch(text.rstrip()[-40:].rpartition("\n")[2])
+    return only_letter(found) if found else None
+
+
+def boxed_letter(text: str) -> str | None:
+    r"""C of `(C)`, `c`, `\text{(C) } 12` and `C - a polygenic score`; None of `B or C`."""
+    plain = re.sub(r"\\[a-zA-Z]+|\\.|[{}$*~]", " ", text[:MAX_ANSWER])
+    found = BOXED_LETTER.match(" ".join(re.sub("[–—]", "-", plain).split()))
+    letter = only_letter(found) if found and not NEGATION.search(text) else None
+    return None if set(OPTION.findall(" ".join(plain.split()))) - {letter} else letter
+
+
+def only_letter(found: re.Match) -> str | None:
+    """The letter found, as a capital; None if another one is joined to it."""
+    letter = found[found.lastindex].upper()
+    second = SECOND.match(found.string, found.end())
+    return letter if not second or letter in second.groups() else None
 
 
 def chain_answer(text: str) -> str | None:
@@ -169,15 +235,267 @@ def chain_answer(text: str) -> str | None:
     return text[start + 1 : text.find("]", start)] if start >= 0 else None
 
 
+# --------------------------------------------------------------------------------------------------
+# Rewriting: what can be written in several ways is written in one, in gold answers and in responses
+# alike, before anything is compared. Each step takes time linear in the text.
+
+# fmt: off
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau " \
+        "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+SIGNS = {
+    "−": "-", "–": "-", "—": "-", "⁻": "-", "₋": "-", "∗": "*", "∣": "|", "′": "'", "、": ",", "。": ".",
+    "°": r"^\circ ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    **dict(zip("×·⋅÷±∓→≤⩽≥⩾≠≈∞∪∩∈∉∅∖…⟨⟩⌊⌋⌈⌉∧∨ϕ", (rf"\{name} " for name in (
+        "times cdot cdot div pm mp to le le ge ge ne approx infty cup cap in notin emptyset setminus ldots "
+        "langle rangle lfloor rfloor lceil rceil land lor phi").split()))),
+    **dict(zip("αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", (rf"\{name} " for name in GREEK.split()))),
+}
+# fmt: on
+SUPERSCRIPTS, SUBSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ"
+
+
+def in_ascii(text: str) -> str:
+    r"""Signs as LaTeX: x² ≤ 2½ as x^{2} \le 2 \frac{1}{2}; full-width forms as plain ones."""
+    for runs, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
+        text = re.sub(f"([{runs}]+)", rf"{mark}{{\1}}", text)
+    text = re.sub("√ ?([0-9]+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt")
+    text = unicodedata.normalize("NFKC", text.translate(str.maketrans(SIGNS)))
+    text = "".join(c for c in text if c.isascii() or unicodedata.category(c) != "Cf")
+    return re.sub("([0-9])\u2044([0-9]+)", r" \\frac{\1}{\2}", text)  # ½ in NFKC
+
+
+def number_out_of_text(found: re.Match) -> str:
+    r"""\text{18 apples} as 18\text{ apples}, \text{2 or 3} as 2 or 3."""
+    number, rest = found.groups()
+    if not rest.strip() or re.search("[0-9]", rest):
+        return number + rest
+    return rf"{number}\text{{{rest}}}"
+
+
+BASES = dict(
+    zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13))
+)
+BASES |= {"sixteen": 16}
+
+
+def with_base(found: re.Match) -> str:
+    """52_8, 52_{eight} and 52 (base 8) as N_{52b8}: of a symbol nothing is dropped."""
+    opening, digits, closing, *bases = found.groups()
+    base = "".join(filter(None, bases))
+    base = BASES.get(base) or int(base)
+    if not (digits.replace(".", "").isdigit() or base > 10) or len(opening) < len(
+        closing
+    ):  # as 2a_1
+        return found[0]
+    number = digits if base == 10 else f"N_{{{digits.upper()}b{base}}}"
+    return number if closing else opening + number
+
+
+def power_of_ten(found: re.Match) -> str:
+    """4.5e3 as 4500, 1e-5 as 0.00001."""
+    if abs(int(found[1] or found[2])) > MAX_ANSWER // 2:
+        return found[0]
+    return f"{Decimal(re.sub('[{}]', '', found[0])):f}"
+
+
+def scaled(found: re.Match) -> str:
+    r"""7 \text{ million dollars} as 7 \times 10^{6}\text{ dollars}."""
+    scale, rest = found[1] or found[3], found[2]
+    unit = rf"\text{{{rest}}}" if rest and rest.strip() else ""
+    return rf" \times {SCALES[scale.lower()]}{unit}"
+
+
+def times_power(found: re.Match) -> str:
+    r"""Of 4.5 x 10^+33 the part after 4.5 as \times 10^{33}."""
+    return rf" \times 10^{{{int(found[1] or found[2])}}}"
+
+
+def mixed_number(found: re.Match) -> str:
+    r"""1 1/4 as \frac{5}{4}; 3 7/2 is none."""
+    whole, over, under = (int(part.replace(",", "")) for part in found.groups() if part)
+    return rf"\frac{{{whole * under + over}}}{{{under}}}" if over < under else found[0]
+
+
+def repeating(found: re.Match) -> str:
+    r"""0.1\overline{6} as \frac{15}{90}."""
+    whole, fixed, *again = (part or "" for part in found.groups())
+    again = "".join(again)
+    ninths = "9" * len(again) + "0" * len(fixed)
+    return rf"\frac{{{int(whole + fixed + again) - int('0' + whole + fixed)}}}{{{ninths}}}"
+
+
+def system(found: re.Match) -> str:
+    r"""\begin{cases} x=1 \\ y=2 \end{cases} as x=1 , y=2."""
+    return re.sub(r",? *\\\\(?:\[[^]]*\])?", ",", found[2].strip().removesuffix("\\\\"))
+
+
+FONT = r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it|normal)?|mbox|boldsymbol|bm|operatorname) ?"
+BOLD = r"\\(?:math(?:bf|it|sf)|boldsymbol|bm) ?"
+END = "(?![A-Za-z])"  # of a command's name
+PRIME = r"'|\\prime"  # of y' and f''(x), which Math-Verify would drop
+FUNCTION = "(arc(?:sin|cos|tan)|sinh?|cosh?|tanh?|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|det)"
+BASE = rf"([0-9]{{1,2}}|{'|'.join(BASES)})"
+DECIMAL = r"(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
+# In this order: what is rewritten, and as what. Nothing is tried twice at one place (++, *+), or
+# only within bounds.
+# fmt: off
+REWRITINGS = (
+    # blanks and signs: 12\,345  12{,}345  \tfrac12  x \leqslant 2  \langle 1,2 \rangle
+    (rf"(?<!\\)\\[,;: ]|~|\\q?quad{END}", " "),
+    (r"(?<!\\)\\! *+", ""),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", ","),
+    (r"(?<=[0-9)]) ?\*\* ?(-?[0-9]++)", r"^{\1}"),
+    (rf"\\[dtc]frac{END}", r"\\frac"),
+    (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
+    (r"\\?\bsqrt ?\(([^()]*+)\)", r"\\sqrt{\1}"),
+    (rf"\\l(?:eqslant|eq){END}", r"\\le"),
+    (rf"\\g(?:eqslant|eq){END}", r"\\ge"),
+    (rf"\\l(?:angle|paren){END}", "("),
+    (rf"\\r(?:angle|paren){END}", ")"),
+    (rf"\\([lr])brace{END}", lambda found: r"\{" if found[1] == "l" else r"\}"),
+    (rf"\\varnothing{END}", r"\\emptyset"),
+    # letters: 4.5\mathrm{e}33  \mathrm{e}^2  \pi\mathrm{e}  {\rm e}  \operatorname{sin}  \mathbf{v}
+    (rf"(?<=[0-9]) ?{FONT}\{{([eE])\}} ?(?=\{{?[-+]?[0-9])", r"\1"),
+    (rf"{FONT}{FUNCTION}{END}|{FONT}\{{ ?{FUNCTION} ?\}}", lambda found: rf"\{found[1] or found[2]} "),
+    (rf"(?<=[A-Za-z])({FONT}\{{ ?[ei] ?\}})", r" \1"),
+    (rf"{FONT}(?:\{{ ?([ei]) ?\}}|([ei])\b)", r"\1\2"),
+    (r"\{ ?\\(?:rm|bf|it) ([A-Za-z0-9.]++) ?\}", r"{\1}"),
+    (r"(?<=[0-9]) (?=i\b)", ""),
+    (rf"{BOLD}\{{ ?([A-Za-z]) ?\}}", r" \1"),
+    (r"(?<=[A-Za-z])('{1,3}|\^ ?\{? ?(?:\\prime ?){1,3}\}?)(?![A-Za-z'])",
+     lambda found: f"_{{{'p' * len(re.findall(PRIME, found[0]))}}}"),
+    # text around mathematics: \mathbf{(1,2)}  \text{18 apples}  2 \text{ or 3}
+    (rf"{BOLD}\{{((?:[^A-Za-z{{}}]|[A-Za-z][^A-Za-z{{}}])[^{{}}]*+)\}}", r"\1"),
+    (rf"{BOLD}(?=\{{ ?[-\\(\[0-9])", ""),
+    (rf"{FONT}\{{ ?([-+]?(?:\\?\$)?[0-9][0-9.,:/]*+(?: ?\\?%)?)([^{{}}]*+)\}}", number_out_of_text),
+    (rf"{FONT}\{{((?: ?or | ?and )[^{{}}]*[0-9][^{{}}]*+)\}}", r" \1 "),
+    # numbers: 12 345  52_{\text{eight}}  52 (base 8)  4.5e33  3 x 10^8  1 1/4  0.\overline{3}  8 \%
+    (r"(?<![\w.,^])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})++(?![A-Za-z0-9/]| [0-9])",
+     lambda found: found[0].replace(" ", "")),
+    (rf"(?<=[0-9A-F)])_ ?{FONT}\{{([^{{}}]*+)\}}", r"_{\1}"),
+    (rf"(?<=[0-9A-F)])_ ?\{{ ?{FONT}\{{([^{{}}]*+)\}} ?\}}", r"_{\1}"),
+    (rf"{FONT}\{{ ?([^{{}}]*\bbase\b[^{{}}]*+)\}}", r" \1"),
+    (rf"(?<![\w.\\])(\(?)((?=[A-F]*+[0-9])[0-9A-F]++(?:\.[0-9A-F]++)?|[0-9][0-9a-f]*+)(\)?) {{0,2}}(?:"
+     rf"_ ?\{{[ (]{{0,2}}(?:base[ -]{{0,2}})?{BASE}[ )]{{0,2}}\}}|_ ?([0-9]{{1,2}})"
+     rf"|\( ?(?:in )?base[ -]{{0,2}}{BASE}\b ?\)|(?:in )?base[ -]{{0,2}}{BASE}\b)", with_base),
+    (rf"(?<![\w.\\]){DECIMAL}[eE](?:\{{([-+]?[0-9]{{1,9}})\}}|([-+]?[0-9]{{1,9}}))(?!\w|\.[0-9])", power_of_ten),
+    (r"(?<=[0-9]) ?(?:[x*]|\\cdot|\\times) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]{1,8}) ?\}|([-+]?[0-9]{1,8}))(?![0-9])",
+     times_power),
+    (rf"(?<=[0-9}}]) ?(?:{FONT}\{{ ?{SCALE}([^{{}}]*+)\}}|\b{SCALE})", scaled),
+    (r"(?<![\w.^\\/])(?<![0-9] )([0-9]{1,3}(?:,[0-9]{3}){1,6}+|[0-9]{1,9})"
+     r"(?: ([0-9]{1,9}) ?/ ?([0-9]{1,9})| ?\\frac ?\{ ?([0-9]{1,9}) ?\} ?\{ ?([0-9]{1,9}) ?\})(?![\w]|\.[0-9])",
+     mixed_number),
+    (r"(?<![\w.])([0-9]++)\.([0-9]*+)(?:\\(?:overline|bar|dot) ?(?:\{([0-9]++)\}|([0-9]))|\(([0-9]++)\))(?![0-9])",
+     repeating),
+    (r"(?<! ) *+(?:\\%|%|\\text ?\{ ?percent ?\}|\bpercent\b)", r"\\%"),
+    (r"(?<=[0-9])\.(?= ?[/)*+^])", ""),
+    # systems: \begin{cases} x=1 \\ y=2 \end{cases}
+    (r"(?:\\left ?\\\{ ?)?\\begin\{(cases|array|aligned|gathered)\}(?:\{[lcr|]{1,9}\})?([^&]{0,400}?)"
+     r"\\end\{\1\}(?: ?\\right ?\.)?", system),
+)
+# fmt: on
+REWRITINGS = tuple((re.compile(old), new) for old, new in REWRITINGS)
+
+
+def rewrite(text: str) -> str:
+    """What two texts that mean the same have in common, as far as that is spelling."""
+    if text.isascii() and text.isdigit():  # as most answers are
+        return text
+    text = text if text.isascii() else in_ascii(text)
+    for old, new in REWRITINGS:
+        text = old.sub(new, text)
+    return text
+
+
+LEAD_IN = re.compile(
+    r"(?:(?:=|\\(?:approx|sim|simeq|therefore)(?![A-Za-z])) ?|(?:\\text ?\{ ?)?(?i:(?:the |final |correct )*"
+    r"(?:answer|approximately|approx\.?|about|roughly|around)\b(?: is)?:?)(?: ?\})? ?)+"
+)
+# No number and no sign of comparison may stand in it, for they tell answers apart.
+QUALIFIER = re.compile(
+    r"(?:(?:\\text ?\{ ?,? ?)?\b(?:for (?:any|all|some|every|each|an)|where|with)\b"
+    r"(?:[ ,{}()]|\\text\b|\\in\b|\\mathbb ?\{Z\}|\b(?:any|arbitrary|constants?|integers?|integration"
+    r"|is|are|an?|in|numbers?|of|real|the|[A-Za-z])\b)*+|\(?\b[a-z] ?\\in ?\\mathbb ?\{?Z\}? ?\)?)$"
+)
+HALF_DAY = re.compile(r"(?<=[0-9]) ?(?:\\text ?\{ ?)?(?i:[ap](?:m|\. ?m))\.? ?\}?$")
+
+
+def without_words(answer: str) -> str:
+    r"""16 of `\approx 16`, 2x+c of `2x+c \text{ for any constant } c`, 3:30 of `3:30 p.m.`."""
+    answer = answer[lead.end() :] if (lead := LEAD_IN.match(answer)) else answer
+    for ending in (QUALIFIER, HALF_DAY):
+        if (found := ending.search(answer)) and found.start():
+            answer = answer[: found.start()].rstrip(" ,;")
+    return answer
+
+
+def ratio(answer: str) -> str:
+    r"""3:4:5 as (\frac{3}{5},\frac{4}{5}), for it is not 3/4/5."""
+    *terms, last = answer.rpartition("=")[2].split(":")
+    if len(terms) < 2 or "," in answer or not last:
+        return answer
+    fractions = [rf"\frac{{{term}}}{{{last}}}" for term in terms]
+    return f"({','.join(fractions)})"
+
+
+def plain_text(answer: str) -> str:
+    """Without text commands and braces."""
+    return " ".join(re.sub(FONT + r"(?=\{)|[{}]", "", answer).split())
+
+
 def normalise(answer: str) -> str:
-    """On one line, without dollar signs and the punctuation of the sentence around it."""
-    line = " ".join(re.sub(r"(?<!\\)\$", "", answer).split())
-    return re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", line)
+    """An answer rewritten, on one line, without the words and the punctuation around it."""
+    line = " ".join(re.sub(r"(?<!\\)(?:\$|\\[\[\]()])", "", rewrite(answer)).split())
+    return ratio(re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", without_words(line)))
 
 
+@lru_cache(4096)
 def normalise_gold(gold: str) -> str:
     """A worked solution's gold answer stands after its last ####."""
     return normalise(gold.rpartition("####")[2])
+
+
+# fmt: off
+PLACEHOLDERS = {
+    "", "proof", "see proof", "see solution", "see the solution", "see explanation", "see below", "see above",
+    "not found", "notfound", "no answer", "answer not found", "unknown", "omitted", "incomplete", "n/a", "null",
+    "nan", "tbd", "?", "-",
+}
+# fmt: on
+
+
+def math_gold(gold: str) -> str | None:
+    """The gold answer to be compared; None of placeholders, which are no answers."""
+    gold = normalise_gold(gold)
+    return None if plain_text(gold).casefold().strip(" .") in PLACEHOLDERS else gold
+
+
+# Of which two, one in each answer, make them different, for all that is dropped as a unit.
+# fmt: off
+OPPOSITES = tuple(set(group.split()) for group in (
+    "am pm", "north south east west", "increase decrease", "increased decreased", "more less", "up down",
+    "profit loss", "gain loss", "left right", "clockwise counterclockwise anticlockwise", "ad bc",
+    "january february march april may june july august september october november december",
+    "monday tuesday wednesday thursday friday saturday sunday", "odd even", "positive negative", "maximum minimum",
+    "integer real rational natural complex", "integers reals",
+))
+# fmt: on
+
+
+BOUNDS = re.compile(
+    r"(?<!\\)\b(?:or (?:more|less|fewer|greater|higher|lower)|at (?:least|most)|not"
+    r"|(?:more|less|fewer|greater|smaller) than)\b"
+)
+
+
+def opposed(answer: str, gold: str) -> bool:
+    """As 3:30 p.m. and 3:30 a.m., an increase and a decrease."""
+    one, other = (set(re.findall("[a-z]+", t.lower().replace(".", ""))) for t in (answer, gold))
+    for group in OPPOSITES:
+        if one & group and other & group and one & group != other & group:
+            return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,17 +548,114 @@ def compare_countdown(answer: str, gold: str) -> str:
 
 
 def as_number(answer: str) -> Fraction | None:
-    r"""A plain number or fraction, with thousands commas or an escaped dollar sign; None for all
-    else (units, \%)."""
-    text = answer.replace("\\$", "").replace("{,}", ",").replace("\\!", "").strip()
+    r"""A plain number, a power of ten or a fraction, with thousands commas or a dollar sign; None
+    for all else (units, \%)."""
+    text = re.sub(r"\\?\$", "", answer).strip()
+    text = text[1:-1] if re.fullmatch(r"\{[^{}]*\}", text) else text
     if len(text) > MAX_ANSWER:
         return None
     if plain := PLAIN_NUMBER.fullmatch(text):
         return Fraction(plain[1] + plain[2].replace(",", "").rstrip("."))
+    if power := POWER_OF_TEN.fullmatch(text):
+        return Fraction(power[1] + (power[2] or "1")) * Fraction(10) ** int(power[3] or power[4])
     if fraction := FRACTION.fullmatch(text):
         over, under = filter(None, fraction.groups()[1:])
         return Fraction(int(fraction[1] + over), int(under)) if int(under) else None
     return None
+
+
+def same_number(a: Fraction, b: Fraction, rounded: bool) -> bool:
+    """rounded: one of them is written as a decimal. Then six decimals decide; and five digits, for
+    0.0000001 is not 0.0000002."""
+    if rounded and round(a, 6) == round(b, 6):
+        return abs(a - b) <= max(abs(a), abs(b)) / 100_000
+    return a == b
+
+
+def compare_numbers(answer: str, gold: str) -> str | None:
+    r"""The verdict on two plain numbers, of which one or both may be percentages: 10\% is 10 and
+    0.1."""
+    percents = [text.endswith(r"\%") for text in (answer, gold)]
+    a, g = (as_number(text.removesuffix(r"\%")) for text in (answer, gold))
+    if a is None or g is None:
+        return None
+    rounded = "." in answer + gold
+    same = same_number(a, g, rounded)
+    if percents[0] != percents[1]:
+        a, g = (n / 100 if percent else n for n, percent in zip((a, g), percents))
+        same = same or same_number(a, g, rounded)
+    return "correct" if same else "wrong"
+
+
+# Runs of letters that are no words
+FORMULAS = set(
+    "and arccos arcsin arctan cos cosh cot csc exp gcd inf infinity lcm ln log max min mod or pi sec "
+    "sin sinh sqrt tan tanh".split()
+)
+
+
+@lru_cache(4096)
+def words(answer: str) -> list[str]:
+    r"""The words of an answer that is nothing else, sorted where `and` joins them: [alice, bob] of
+    \text{Bob and Alice}; [] of a formula."""
+    plain = re.sub(r"^(?:the|an?) (?=[a-z]{2})", "", plain_text(answer), flags=re.IGNORECASE)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z .,;'-]*", plain):
+        return []
+    if not set(re.findall("[a-z]{2,}", plain.casefold())) - FORMULAS:
+        return []
+    return sorted(re.split(r" ?(?:[,;]|\band\b|\bor\b) ?", plain))
+
+
+def compare_words(answer: str, gold: str) -> str | None:
+    """Math-Verify would read them as products of their letters. In short ones, which may be such
+    products, capitals count: mg is not Mg, but yes is Yes."""
+    given, wanted = words(answer), words(gold)
+    if not wanted:
+        return None
+    short = len("".join(wanted)) < 4
+    if not given:  # ab, and it is a \\cdot b; east, and it is 0 + \\text{east}
+        return None if short or wanted[0] in plain_text(answer) else "wrong"
+    fold = str.casefold
+    if short and "\\text" not in gold:
+        fold = lambda word: word[0].lower() + word[1:] if len(word) > 2 or word == "No" else word
+    return "correct" if list(map(fold, given)) == list(map(fold, wanted)) else "wrong"
+
+
+def compare_letters(answer: str, gold: str) -> str | None:
+    r"""An option's letter, in brackets on one side: \text{(B)} and B; B and (B) 12."""
+    letter = re.fullmatch(r"\(?([A-Z])\)?", plain_text(gold)) if len(gold) < 20 else None
+    if letter and ("(" in gold or re.match(r"\([A-Z]\)(?: |$)", plain_text(answer))):
+        return compare_text(boxed_letter(answer) or "", letter[1])
+    return None
+
+
+CLOCK = re.compile("0?([0-9]{1,2})(?::([0-9]{2}))?")
+DATE = re.compile(r"[0-9]{4}([-/])[0-9]{1,2}\1[0-9]{1,2}|[0-9]{1,2}([-/])[0-9]{1,2}\2[0-9]{4}")
+# 5 \text{ ft } 6 \text{ in}, of which Math-Verify would read the 5 alone
+COMPOUND = re.compile(rf"[0-9}}] ?{FONT}\{{(?! ?(?:or|and)\b)[^{{}}]*\}}.*[0-9]")
+EXPONENT = re.compile(r"[\^_] ?\{?[-+]?[0-9]+\}?")  # of a unit, such as m/s^2
+
+
+def compare_in_parts(answer: str, gold: str) -> str | None:
+    """Dates, and quantities in several units, are equal part by part."""
+    for text in (answer, gold):
+        if DATE.fullmatch(text) or COMPOUND.search(EXPONENT.sub("", text)):
+            return compare_text(
+                *(plain_text(t).casefold().replace(" ", "") for t in (answer, gold))
+            )
+    return None
+
+
+def compare_times(answer: str, gold: str) -> str | None:
+    """3:30 and 1:10, which as ratios would be one; 3 and 3:00."""
+    times = CLOCK.fullmatch(answer), CLOCK.fullmatch(gold)
+    if ":" not in answer + gold or not all(times):
+        return None
+    hours, minutes = ([time[part] or "00" for time in times] for part in (1, 2))
+    return "correct" if hours[0] == hours[1] and minutes[0] == minutes[1] else "wrong"
+
+
+ADJACENT = re.compile(r"(?<![\w.^])[0-9.]+ +\.?[0-9]")  # two numbers with nothing between
 
 
 def nesting(answer: str) -> int:
@@ -255,18 +670,16 @@ def compare_plainly(answer: str, gold: str) -> str | None:
         return "unparsed"
     if answer == gold:
         return "correct"
-    number, gold_number = as_number(answer), as_number(gold)
-    if number is not None and gold_number is not None:
-        if number == gold_number:
-            return "correct"
-        if "." not in answer + gold:  # decimals are rounded before they are compared
-            return "wrong"
-    words = WORDS.fullmatch(gold)  # Math-Verify reads `east` without \text as e*a*s*t
-    if words:
-        gold_words = words[1].strip().casefold()
-        if gold_words and WORDS.sub(r"\1", answer).strip().casefold() == gold_words:
-            return "correct"
-    if nesting(answer) > MAX_NESTING or REPEATS.search(answer):
+    for compare in (
+        compare_numbers,
+        compare_times,
+        compare_in_parts,
+        compare_letters,
+        compare_words,
+    ):
+        if verdict := compare(answer, gold):
+            return verdict
+    if nesting(answer) > MAX_NESTING or REPEATS.search(answer) or ADJACENT.search(answer):
         return "unparsed"
     return None
 
@@ -285,12 +698,19 @@ Comparison = tuple[str, str, str]  # how (boxed, any or gold), answer, gold: wha
 def find_and_compare(response: str, gold: str, kind: Kind, extract: str) -> str | Comparison:
     """The verdict, or the comparison that it takes."""
     if kind.compare:
-        answer = kind.find(response)
-        return "unparsed" if answer is None else kind.compare(answer, gold)
-    gold = normalise_gold(gold)
-    if extract == "any":
-        return ("any", response, gold) if response.strip() else "unparsed"
-    answer = normalise(kind.find(response) or "")
+        answer, gold = kind.find(response), kind.gold(gold)
+        return "unparsed" if answer is None or gold is None else kind.compare(answer, gold)
+    written, gold = gold.rpartition("####")[2], normalise_gold(gold)
+    if extract == "any" and len(BOX.findall(response)) != 1:
+        last = response.rstrip().rpartition("\n")[2]
+        if not last:
+            return "unparsed"
+        return "wrong" if opposed(last[-MAX_ANSWER:], written) else ("any", response, gold)
+    found = kind.find(response) or ""
+    answer = normalise(found)
+    bounds = [set(BOUNDS.findall(text)) for text in (found, written)]
+    if answer and (bounds[0] != bounds[1] or opposed(found, written)):
+        return "wrong"
     return compare_plainly(answer, gold) or ("boxed", answer, gold)
 
 
@@ -307,9 +727,10 @@ class Checker:
     is an error. Math-Verify's own limits are off, since they cannot stop native code. Answers too
     deep, repetitive or large to be evaluated are unparsed.
 
-    Known of Math-Verify 0.9 and left so: `10\%` equals both `10` and `0.1`, whichever of them is
-    gold; units are dropped; `x=5` and `5` are one; `2,3`, `3,2` and `2 \text{ or } 3` are one;
-    numbers equal to six decimals are equal where one is written as a decimal.
+    Known and left so: `10\%` equals both `10` and `0.1`, whichever of them is gold; units are
+    dropped, and so is a.m. where the other does not say p.m.; `x=5` and `5` are one; `2,3`, `3,2`
+    and `2 \text{ or } 3` are one; numbers equal to six decimals and five digits are equal where one
+    is written as a decimal.
     """
 
     kinds = tuple(KINDS)
@@ -366,11 +787,13 @@ class Checker:
         self._refuse_unknown(kinds)
         found = []
         for gold, kind in zip(golds, kinds, strict=True):
-            gold = normalise_gold(gold)
-            if not re.fullmatch(KINDS[kind].gold, gold):
+            gold = KINDS[kind].gold(gold)
+            if gold is None:
                 found.append("unparsed")
+            elif KINDS[kind].compare or as_number(gold) is not None or words(gold):
+                found.append("correct")  # it takes no Math-Verify
             else:
-                found.append("correct" if KINDS[kind].compare else ("gold", gold, gold))
+                found.append(("gold", gold, gold))
         return self._compare(found)
 
     def _refuse_unknown(self, kinds: list[str]) -> None:
@@ -481,7 +904,8 @@ def worker(limit: float) -> None:
 
     logging.disable(logging.CRITICAL)
     never_evaluate_text()
-    refute_by_value()
+    read_as_written()
+    compare_by_value()
     allowed = resource.getrlimit(resource.RLIMIT_AS)[1]
     if sys.platform == "linux" and not 0 <= allowed < WORKER_MEMORY:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, allowed))
@@ -507,20 +931,30 @@ def compare_by_math_verify(how: str, answer: str, gold: str) -> str:
     golds = parse_latex(gold)
     if how == "any":
         either = [math_verify.LatexExtractionConfig(), math_verify.ExprExtractionConfig()]
+        answer = rewrite(answer)
         found = math_verify.parse(answer, either, parsing_timeout=None)
+        cut = whole_number(found[-1], answer) if found and isinstance(found[-1], str) else ""
+        if (verdict := compare_plainly(normalise(cut), gold)) in ("correct", "wrong"):
+            return verdict
+        if found and cut != found[-1]:
+            found = parse_latex(normalise(cut))
     else:
         found = parse_latex(answer)
     # What is too large to be evaluated can still be right by its form.
     found = [f for f in found if isinstance(f, str) or f in golds or not too_large(f)]
     golds = [g for g in golds if isinstance(g, str) or g in found or not too_large(g)]
+    if how == "boxed":
+        found = [f for f in found if f in golds or not false_equation(f)]
     understood = any(not isinstance(f, str) for f in found)  # and not only cut out
     if how == "gold" and not understood:
         return "unparsed"
-    failed = False
+    failed, braces = False, r"\{" in gold
+    options = dict(timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
     for g in golds:
         for f in found:
             try:
-                if math_verify.verify(g, f, timeout_seconds=None, raise_on_error=True):
+                pair = in_order(g, f) if braces else with_repeats(*in_order(g, f))
+                if math_verify.verify(*pair, **options):
                     return "correct"
             except Exception:
                 failed = True
@@ -529,15 +963,124 @@ def compare_by_math_verify(how: str, answer: str, gold: str) -> str:
     return "error" if failed else "wrong"
 
 
+NUMBERS = re.compile(rf"{NUMBER.pattern}(?: or {NUMBER.pattern}){{0,4}}")
+
+
+def whole_number(cut: str, text: str) -> str:
+    """The number of which Math-Verify has cut out a piece of the text: 7/8, or `7 or 8`, for 7."""
+    numbers = [found.group() for found in NUMBERS.finditer(text)]
+    if cut in numbers:
+        return cut
+    piece = re.compile(rf"(?<![0-9.,]){re.escape(cut)}(?![0-9])")
+    return deque([cut, *filter(piece.search, numbers)], maxlen=1)[0]
+
+
+def false_equation(expression) -> bool:
+    """Of 6+2=7 Math-Verify would take the 7. Rounding, as in 2/3=0.67, is none."""
+    import sympy
+
+    if not isinstance(expression, sympy.Eq):
+        return False
+    try:
+        left, right = (complex(side.evalf()) for side in expression.args)
+    except Exception:  # no numbers
+        return False
+    return abs(left - right) > 0.05 * max(abs(left), abs(right))
+
+
+OR = re.compile(r"\\text ?\{ ?or ?\}|\\lor\b|\\vee\b|\bor\b")
+AND = re.compile(r"\\text ?\{ ?and ?\}|\\land\b|\\wedge\b|\band\b")
+
+
 @lru_cache(4096)
 def parse_latex(text: str) -> list:
+    """What Math-Verify reads in the text, after the set of x < 1 or x > 2 where that is one."""
     import math_verify
     import sympy
 
     if re.fullmatch("-?[0-9]+", text):  # as most gold answers are
         return [sympy.Integer(text)]
-    latex = [math_verify.LatexExtractionConfig()]
-    return math_verify.parse(f"${text}$", latex, parsing_timeout=None)
+    latex, read = [math_verify.LatexExtractionConfig()], []
+    if re.search(r"[<>]|\\[lg]e\b", text):
+        for word, join in ((OR, sympy.Union), (AND, sympy.Intersection)):
+            parts = word.split(text)
+            if 1 < len(parts) < 6:
+                read += joined_set([parse_latex(part)[:1] for part in parts], join)
+    return read + math_verify.parse(f"${text}$", latex, parsing_timeout=None)
+
+
+def joined_set(parts: list, join) -> list:
+    """What x < 1 and x > 2 are together, in a list; [] where the parts are no inequalities or
+    intervals of one variable."""
+    import sympy
+    from math_verify.grader import is_equation, is_relation, unwrap_fcs
+
+    sets, symbols = [], set()
+    for [part] in filter(None, parts):
+        if not isinstance(part, str) and is_relation(part) and not is_equation(part):
+            symbols |= part.free_symbols
+            if len(symbols) > 1:
+                return []
+            try:
+                part = unwrap_fcs(part).as_set()
+            except Exception:  # SymPy cannot solve it
+                return []
+        if not isinstance(part, sympy.Set):
+            return []
+        sets.append(part)
+    return [join(*sets)] if len(sets) == len(parts) else []
+
+
+def with_repeats(gold, found) -> tuple:
+    """Sets drop repeats, and a bare list has none to drop: 16,3,1,1 is not 16,3,1. Of pairs and
+    intervals they may be dropped."""
+    import sympy
+    from math_verify.grader import sort_key
+
+    lists = []
+    for expression in (gold, found):
+        values = expression.rhs if isinstance(expression, sympy.Eq) else expression
+        lists.append(list(getattr(values, "_unsorted_args", [values])))
+    values = lists[0] + lists[1]
+    if any(isinstance(value, (str, sympy.Set, sympy.Tuple)) for value in values):
+        return gold, found
+    if all(len(set(map(str, part))) == len(part) for part in lists if len(part) > 1):
+        return gold, found
+    return tuple(sympy.Tuple(*sorted(values, key=sort_key)) for values in lists)
+
+
+def in_order(gold, found) -> tuple:
+    """Both as points, where one is a vector or a list of assignments and the other has an order:
+    x=1,y=2 is (1,2) and not (2,1)."""
+    import sympy
+
+    def assigned(expression):
+        """The values of x=1,y=2; None of all else."""
+        parts = list(getattr(expression, "_unsorted_args", ()))
+        if len(parts) < 2 or not all(isinstance(part, sympy.Eq) for part in parts):
+            return None
+        names = [str(part.lhs) for part in parts]
+        if len(set(names)) < len(names):
+            return None
+        if set(names) <= set("xyz"):
+            parts.sort(key=lambda part: str(part.lhs))
+        return sympy.Tuple(*(part.rhs for part in parts))
+
+    def point(expression):
+        if isinstance(expression, sympy.MatrixBase) and 1 in expression.shape:
+            return sympy.Tuple(*expression.flat())
+        if isinstance(expression, sympy.Interval) and expression.is_open:
+            return sympy.Tuple(expression.start, expression.end)
+        if isinstance(expression, sympy.FiniteSet):
+            return sympy.Tuple(*getattr(expression, "_unsorted_args", expression.args))
+        return expression if isinstance(expression, sympy.Tuple) else None
+
+    vectors = [isinstance(expression, sympy.MatrixBase) for expression in (gold, found)]
+    values = [assigned(gold), assigned(found)]
+    if vectors[0] == vectors[1] and (values[0] is None) == (values[1] is None):
+        return gold, found
+    points = values[0] or point(gold), values[1] or point(found)
+    return points if None not in points else (gold, found)
 
 
 def never_evaluate_text() -> None:
@@ -560,27 +1103,118 @@ def never_evaluate_text() -> None:
     math_verify.parser.parse_expr_cached = parse_plain
 
 
-def refute_by_value() -> None:
-    """Simplifying is slow at showing that two expressions differ, which their values at one point
-    can do at once."""
+def read_as_written() -> None:
+    """Capitals are no small letters, and 3 5 is no number."""
+    import math_verify.grader
+    import math_verify.parser
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+
+    config = ConversionConfig(lowercase_symbols=False)
+
+    def read(latex: str, **options):
+        if ADJACENT.search(latex):
+            raise ValueError("two numbers with nothing between")
+        # Both Gammas would be Euler's constant.
+        latex = re.sub(r"\\Gamma\b(?! ?(?:\\left)? ?\()", "G_{amma}", latex)
+        return latex2sympy(latex, **options, conversion_config=config)
+
+    def same_symbols(gold, found) -> bool:
+        r"""A word is the product of its letters, for \text{abc} is read as one symbol."""
+        names = []
+        for expression in (gold, found):
+            letters = expression.args if isinstance(expression, sympy.Mul) else (expression,)
+            names.append("".join("e" if part == sympy.E else str(part) for part in letters))
+        return names[0] == names[1] or math_verify.grader.sympy_symbolic_eq(gold, found)
+
+    math_verify.parser.latex2sympy = read
+    math_verify.grader.sympy_compare_symbols = same_symbols
+
+
+def compare_by_value() -> None:
+    """Numbers are compared exactly where they are exact, else relative to the larger one. And
+    simplifying is slow at showing that two expressions differ, which their values at one point can
+    do at once."""
     import math_verify.grader
     import sympy
 
     simplified_to_zero = math_verify.grader.sympy_symbolic_eq
+    by_math_verify = math_verify.grader.sympy_numeric_eq
+
+    def values(a, b, *signs: int) -> list[complex]:
+        """Of both at a point where nothing is special; the symbols' signs in turn."""
+        symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+        point = {}
+        for i, symbol in enumerate(symbols):
+            point[symbol] = signs[i % len(signs)] * sympy.Rational(7 * i + 3, 11)
+        return [complex(expression.subs(point).evalf()) for expression in (a, b)]
+
+    def near(a, b, tolerance: float) -> bool:
+        larger = max(abs(a.evalf(20)), abs(b.evalf(20)))
+        return larger < math.inf and bool(abs((a - b).evalf(20)) <= larger * tolerance)
+
+    def agree(a, b) -> bool:
+        """As 0.1x + 0.2x and 0.3x, but for rounding."""
+        for signs in (1,), (1, -1):
+            x, y = values(a, b, *signs)
+            if abs(x - y) > 1e-12 * max(abs(x), abs(y)):
+                return False
+        return True
 
     def differ(a, b) -> bool:
         try:
-            symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-            point = {symbol: sympy.Rational(7 * i + 3, 11) for i, symbol in enumerate(symbols)}
-            a, b = (complex(x.subs(point).evalf()) for x in (a, b))
-            return 1e-6 < abs(a - b) / (1 + abs(a)) < math.inf
+            x, y = values(a, b, 1)
+            return 1e-6 < abs(x - y) / (1 + abs(x)) < math.inf
         except Exception:  # no numbers: only simplifying can tell
             return False
 
+    def equal_where_real(a, b) -> bool:
+        r"""As \sqrt{1/n} and 1/\sqrt{n}, which no simplifying of real symbols shows to be equal. At
+        points of other signs both must be real and equal, or neither."""
+        try:
+            symbols = a.free_symbols | b.free_symbols
+            if not any(power.exp.is_integer is False for power in (a - b).atoms(sympy.Pow)):
+                return False
+            for signs in (-1, 1), (1, -1), (-1,):
+                x, y = values(a, b, *signs)
+                real = [abs(value.imag) <= 1e-9 * abs(value) for value in (x, y)]
+                if real[0] != real[1] or real[0] and abs(x - y) > 1e-9 * abs(x):
+                    return False
+            positive = {symbol: sympy.Dummy(positive=True) for symbol in symbols}
+            return bool(symbols) and simplified_to_zero(a.subs(positive), b.subs(positive))
+        except Exception:
+            return False
+
     def equal(a, b) -> bool:
-        return not differ(a, b) and simplified_to_zero(a, b)
+        return not differ(a, b) and (simplified_to_zero(a, b) or equal_where_real(a, b))
+
+    def numbers_equal(a, b, decimals: int, digits: int) -> bool:
+        if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
+            return by_math_verify(a, b, decimals, digits)
+        decimal, number = a.has(sympy.Float) or b.has(sympy.Float), a.is_Number or b.is_Number
+        try:
+            if a.free_symbols or b.free_symbols:
+                return agree(a, b) if decimal else bool((a - b).evalf(digits) == 0)
+            if number and not (decimal and near(a, b, 1e-5)):
+                return not decimal and by_math_verify(a, b, decimals, digits)
+            if number:
+                return by_math_verify(a, b, decimals, digits)
+            a, b = a.doit(), b.doit()
+            if a.is_Rational and b.is_Rational:
+                return a == b
+            return near(a, b, 1e-13 if decimal else 1e-80)
+        except Exception:  # no numbers: only simplifying can tell
+            return False
+
+    def solve(equation, symbols):
+        """Two equations without a solution are not therefore equal."""
+        if (solutions := sympy.solve(equation, symbols)) == []:
+            raise ValueError("no solution")
+        return solutions
 
     math_verify.grader.sympy_symbolic_eq = equal
+    math_verify.grader.sympy_numeric_eq = numbers_equal
+    math_verify.grader.solve = solve
 
 
 def too_large(expression) -> bool:
@@ -1023,12 +1657,18 @@ CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
 
 
 def load_questions(
-    name: str, tokenizer, system: str | None, generation_prefix: str, rewarded: bool = False
+    name: str,
+    tokenizer,
+    system: str | None,
+    generation_prefix: str,
+    rewarded: bool = False,
+    checker: Checker | None = None,
 ) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
 
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
-    cannot be used is an error. rewarded: for reward functions, as in data.load_questions.
+    cannot be used is an error. rewarded: for reward functions, as in data.load_questions. With a
+    checker it is said which gold answers nothing can equal.
     """
     import data
 
@@ -1047,9 +1687,10 @@ def load_questions(
     else:
         known = f"{', '.join(BENCHES)}, chain, and {', '.join(data.FILES)} files"
         raise ValueError(f"--bench {name}: unknown; known are {known}")
-    questions = []
+    questions, names = [], []
     for index, row in rows:
         example = read(index, row)
+        names.append(rows.name(index))
         if fault := data.example_fault(example, () if rewarded else KINDS, rewarded):
             raise ValueError(f"{rows.place(index)}: {fault}; its columns are {list(row)!s:.200}")
         questions.append(
@@ -1067,7 +1708,25 @@ def load_questions(
         if rewarded:
             questions[-1].row = rows.row(index)
             questions[-1].asked = data.asked(tokenizer, example.messages, system, generation_prefix)
+    if checker and not rewarded:
+        golds, kinds = [q.answer for q in questions], [q.kind for q in questions]
+        say_unmatched(name, checker, golds, kinds, names)
     return questions
+
+
+def say_unmatched(
+    source: str, checker: Checker, golds: list[str], kinds: list[str], names: list[str]
+) -> None:
+    """Warns of gold answers that nothing can equal, which count against a model otherwise."""
+    import data
+
+    unmatched = []
+    for gold, name, verdict in zip(golds, names, checker.check_golds(golds, kinds)):
+        if verdict != "correct":
+            unmatched.append((name, gold))
+    if unmatched:
+        said = data.name_unmatched(unmatched, len(golds))
+        print(f"warning: {source}: {said}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1189,13 +1848,20 @@ def check_evaluation(args) -> Evaluation:
     rewards = load_rewards(args.reward, args.reward_weights, args.right_above)
     config, tokenizer = read_model(args.model)
     benches, ks = {}, {}
-    for name in names:
-        benches[name] = load_questions(
-            name, tokenizer, args.system, args.generation_prefix, rewarded=rewards is not None
-        )
-        if rewards:
-            try_rewards(rewards, benches[name][0], tokenizer)
-        ks[name] = args.k or (BENCHES[name].k if name in BENCHES else 1)
+    first = os.environ.get("RANK", "0") == "0"  # the others need not say it, too
+    with Checker(checker_workers(1), args.limit) as checker:
+        for name in names:
+            benches[name] = load_questions(
+                name,
+                tokenizer,
+                args.system,
+                args.generation_prefix,
+                rewarded=rewards is not None,
+                checker=checker if first else None,
+            )
+            if rewards:
+                try_rewards(rewards, benches[name][0], tokenizer)
+            ks[name] = args.k or (BENCHES[name].k if name in BENCHES else 1)
     longest = max(len(q.prompt) for questions in benches.values() for q in questions)
     max_len = longest + args.max_tokens
     context = getattr(config, "max_position_embeddings", max_len)
@@ -1364,12 +2030,12 @@ def progress(items, label: str):
 # The commands
 
 
-def read_graded(path: Path) -> tuple[list[dict], list[str], list[str]]:
-    """(rows, gold answers, kinds) of a file of answers and responses; responses may be no valid
-    Unicode. Raises ValueError at the first row that cannot be graded."""
+def read_graded(path: Path) -> tuple[list[dict], list[str], list[str], list[str]]:
+    """(rows, gold answers, kinds, names of the rows) of a file of answers and responses; responses
+    may be no valid Unicode. Raises ValueError at the first row that cannot be graded."""
     import data
 
-    rows, golds, kinds = [], [], []
+    rows, golds, kinds, names = [], [], [], []
     with tempfile.TemporaryDirectory() as cache:
         source = data.load_rows(str(path), cache_dir=cache)
         for index, row in source:
@@ -1387,15 +2053,17 @@ def read_graded(path: Path) -> tuple[list[dict], list[str], list[str]]:
             rows.append(row)
             golds.append(gold)
             kinds.append(kind)
-    return rows, golds, kinds
+            names.append(source.name(index))
+    return rows, golds, kinds, names
 
 
 def command_grade(args) -> None:
-    rows, golds, kinds = read_graded(args.file)
+    rows, golds, kinds, names = read_graded(args.file)
     counts: Counter = Counter()
     out = args.file.with_suffix(".graded.jsonl")
     checker = Checker(checker_workers(1), args.limit, args.extract, args.require_think)
     with checker, out.open("w") as file:
+        say_unmatched(str(args.file), checker, golds, kinds, names)
         for start in progress(range(0, len(rows), CHUNK), "grading"):
             part = slice(start, start + CHUNK)
             responses = [row["response"] for row in rows[part]]
@@ -1462,8 +2130,8 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=float, default=5.0, help=limit)
     think = "the answer must stand after the one </think>"
     add("--require-think", action="store_true", help=think)
-    kinds = [f"  {name:10} {kind.where}" for name, kind in KINDS.items()]
-    parser.epilog = "\n".join(["where an answer of each kind stands in a response:", *kinds])
+    kinds = [f"  {name:10} {kind.answer}: {kind.where}" for name, kind in KINDS.items()]
+    parser.epilog = "\n".join(["each kind of answer, and where it stands in a response:", *kinds])
 
 
 def fail(program: str, error: Exception, refusal: type, code: int, place: str = "") -> int:

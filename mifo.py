@@ -2223,7 +2223,12 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
     benches = {}
     for name in names:
         benches[name] = evaluation.load_questions(
-            name, tokenizer, system, prefix, rewarded=bool(cfg.reward)
+            name,
+            tokenizer,
+            system,
+            prefix,
+            rewarded=bool(cfg.reward),
+            checker=checker if rank == 0 else None,
         )
     return questions, benches
 

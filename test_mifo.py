@@ -2082,8 +2082,8 @@ def test_every_layout_is_read_from_every_kind_of_file(name, chat_tokenizer, tmp_
         ("test/algebra/1.json", "\\frac{x}{2}", "3", "math"),
         ("test/algebra/2.json", "8", "1", "math"),
     ]
-    # The gold answer 8 needs no parsing.
-    assert checker.shown_golds == [("\\frac{x}{2}", "math")] and len(checker.shown) == 2
+    golds = [("8", "math"), ("\\frac{x}{2}", "math")]
+    assert checker.shown_golds == golds and len(checker.shown) == 2
 
 
 def test_columns_may_be_named(chat_tokenizer, tmp_path):
@@ -2123,7 +2123,8 @@ def test_kinds_options_contexts_and_several_answers_are_read_in_training(chat_to
         {"question": "And then?", "context": "Let x be 1.", "answer": ["$1$", 2.0]},
         {"problem": "Number?", "answer": "7", "kind": "number", "subject": "s"},
         {"question": "Which?", "options": {"A": "one"}, "answer": "A"},
-        {"question": "Which?", "options": list("abcdefghijk"), "answer": "A"},
+        {"question": "Which?", "options": ["one"] * 27, "answer": "A"},
+        {"question": "Which?", "options": ["one", "two"], "answer": "C"},
     ]
     q = questions_of(rows, chat_tokenizer, tmp_path)
     assert [(x.answer, x.kind, x.level) for x in q] == [
@@ -2134,7 +2135,45 @@ def test_kinds_options_contexts_and_several_answers_are_read_in_training(chat_to
     asked = [chat_tokenizer.decode(x.prompt) for x in q]
     assert "user\nWhich?\n\nA. one\nB. two\n\nReason" in asked[0] and "\\boxed{}" in asked[0]
     assert "user\nLet x be 1.\nAnd then?<" in asked[1] and "user\nNumber?<" in asked[2]
-    assert q.dropped == {"options are no list of at most 10": [3, 4]}
+    none = "answer is none of the options"
+    assert q.dropped == {"options are no list of at most 26": [3, 4], none: [5]}
+
+
+# fmt: off
+@pytest.mark.parametrize("answer, options, letter", [
+    ("B", ["x", "y"], "B"), ("(b)", ["x", "y"], "B"), (r"\text{B}", ["x", "y"], "B"), ("B.", ["x", "y"], "B"),
+    (1, ["x", "y"], "B"), ("1", ["x", "y"], "B"), (1.0, ["x", "y"], "B"), ("y", ["x", "y"], "B"),
+    ("4", ["3", "4"], "B"), (1, ["1", "2"], "B"), ("Z", [str(i) for i in range(26)], "Z"),
+    ("C", ["x", "y"], ""), (2, ["x", "y"], ""), (-1, ["x", "y"], ""), ("z", ["x", "y"], ""),
+    ("A, B", ["x", "y"], ""), ("y", ["y", "y"], ""), (True, ["x", "y"], ""), ([0, 1], ["x", "y"], ""),
+])
+# fmt: on
+def test_the_right_option_is_a_letter_a_text_or_an_index(answer, options, letter):
+    assert data.option_letter(answer, options) == letter
+    row = {"choices": options, "answer": answer}
+    gold, kind = data.gold_and_kind(row, "answer")
+    assert kind == "choice" and (gold == letter if letter else gold not in data.LETTERS[:2] or not gold)
+
+
+def test_options_are_read_under_their_usual_names(chat_tokenizer, tmp_path):
+    named = {"text": ["one", "two"], "label": ["A", "B"]}  # as ARC has them
+    rows = [
+        {"question": "Which?", "choices": ["one", "two"], "answer": 1},
+        {"question": "Which?", "choices": named, "answer": "B"},
+        {"question": "Which?", "options": [str(i) for i in range(12)], "answer": "L"},
+    ]
+    q = questions_of(rows, chat_tokenizer, tmp_path)
+    assert [(x.answer, x.kind) for x in q] == [("B", "choice"), ("B", "choice"), ("L", "choice")]
+    asked = [chat_tokenizer.decode(x.prompt) for x in q]
+    assert "A. one\nB. two\n" in asked[0] and "A. one\nB. two\n" in asked[1]
+    assert "\nK. 10\nL. 11\n" in asked[2]
+
+
+@pytest.mark.parametrize("text", ["1e-05", "1.5e-07", "1e+16", "0.1", "12.0", "-2.5e-10", "7"])
+def test_numbers_of_json_are_written_out(text, checker):
+    written = data.cell_text(json.loads(text))
+    assert "e" not in written and float(written) == float(text)
+    assert checker.check([rf"\boxed{{{text}}}"], [written], ["math"]) == ["correct"]
 
 
 def test_only_where_most_answers_are_worked_solutions_the_others_are_none(chat_tokenizer, tmp_path):
@@ -2144,8 +2183,9 @@ def test_only_where_most_answers_are_worked_solutions_the_others_are_none(chat_t
     q = questions_of(GSM8K_ROWS + [plain] * 3, chat_tokenizer, tmp_path)
     assert [x.answer for x in q] == ["1234", "2.5", "-5"] + ["no hashes"] * 3
     many = {"question": "q", "answer": "#### many"}
-    q = questions_of(GSM8K_ROWS + [many], chat_tokenizer, tmp_path)
-    assert q.dropped == {"gold answer cannot be parsed": [3]}
+    with evaluation.Checker() as checker:
+        q = questions_of(GSM8K_ROWS + [many], chat_tokenizer, tmp_path, checker=checker)
+    assert q.dropped == {data.UNMATCHED: [3]}
 
 
 def test_kind_column_says_how_answers_are_checked(chat_tokenizer, tmp_path):
@@ -2162,7 +2202,7 @@ def test_kind_column_says_how_answers_are_checked(chat_tokenizer, tmp_path):
     assert [q.kind for q in found] == ["countdown", "math"]
     assert found.dropped == {
         "demonstration does not verify against its gold answer": [1],
-        "gold answer cannot be parsed": [2],
+        data.UNMATCHED: [2],
         f"kind is none of {', '.join(evaluation.KINDS)}": [3],
     }
 
@@ -2270,7 +2310,7 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(chat_tokenizer, tmp_pat
     assert q.dropped == {
         "no question": [1, 2],
         "no gold answer": [3, 4, 11, 12, 14],
-        "gold answer cannot be parsed": [5, 13],
+        data.UNMATCHED: [5, 13],
         "demonstration does not verify against its gold answer": [6, 7],
         "prompt too long": [8],
         "demonstration too long": [9],
@@ -2280,13 +2320,14 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(chat_tokenizer, tmp_pat
     assert data.demonstrated(q) == data.demonstrated(list(q)) == [0, 2]
     assert q.report() == (
         "3 of 19 questions kept; dropped: 2 no question (first: line 2), "
-        "5 no gold answer (first: line 4), 2 gold answer cannot be parsed (first: line 6), "
+        "5 no gold answer (first: line 4), 2 of 19 answers cannot be matched by any response: "
+        'line 6 ("???"), line 14 ("???"), '
         "2 demonstration does not verify against its gold answer (first: line 7), "
         "1 prompt too long (first: line 9), 1 demonstration too long (first: line 10), "
         "3 half a surrogate pair, which no tokenizer takes (first: line 17)"
     )
     # The checker is not shown what is dropped already.
-    assert checker.shown_golds == [("???", "math")] and len(checker.shown) == 4
+    assert checker.shown_golds == [("5", "math"), ("???", "math")] and len(checker.shown) == 4
     unchecked = questions_of(rows, chat_tokenizer, tmp_path)
     assert [x.id for x in unchecked] == ["0", "5", "6", "7", "10", "13", "15"]
     none = r"no question is left: 0 of 1 questions kept; dropped: 1 no question \(first: line 1\)"
@@ -2812,7 +2853,8 @@ def test_rewritten_answers_go_through_math_verify(checker):
         ("The answer is Berlin", "B", "choice", "unparsed"),
         ("Answer: B-trees", "B", "choice", "unparsed"),
         ("Option A is wrong and B too", "A", "choice", "unparsed"),
-        ("The answer is (K)", "K", "choice", "unparsed"),
+        ("The answer is (K)", "K", "choice", "correct"),
+        ("Hence (k)?\n(k)", "K", "choice", "correct"),
         # chains
         ("3+8=11;11-4=7;[7]", "7", "chain", "correct"),
         ("[7];[8]", "7", "chain", "wrong"),
@@ -2839,13 +2881,394 @@ def test_verdicts(checker, response, gold, kind, verdict):
 
 
 # fmt: off
+ANSWERS = [  # gold, response, kind, extract, right
+    (r"\frac{1}{2^{99}}", r"\boxed{\frac{1}{2^{98}}}", "math", "boxed", False),
+    ("3^{-40}", r"\boxed{3^{-41}}", "math", "boxed", False),
+    (r"1-\frac{1}{2^{99}}", r"\boxed{1-\frac{1}{2^{98}}}", "math", "boxed", False),
+    (r"6.63\times10^{-34}", r"\boxed{9.11\times10^{-31}}", "math", "boxed", False),
+    (r"\frac{1}{2^{99}}", r"\boxed{2^{-99}}", "math", "boxed", True),
+    ("R-r", r"\boxed{0}", "math", "boxed", False),
+    (r"\frac{mg}{M}", r"\boxed{\frac{Mg}{m}}", "math", "boxed", False),
+    (r"\Delta x", r"\boxed{\delta x}", "math", "boxed", False),
+    ("52_8", r"\boxed{52_9}", "math", "boxed", False),
+    ("52_8", r"\boxed{52_{8}}", "math", "boxed", True),
+    ("1A_{16}", r"\boxed{1B_{16}}", "math", "boxed", False),
+    ("4.5e33", r"\boxed{4.5 \times 10^{33}}", "math", "boxed", True),
+    ("1e-5", r"\boxed{10^{-5}}", "math", "boxed", True),
+    ("1e-5", r"\boxed{-2.281718}", "math", "boxed", False),
+    ("300000000", r"\boxed{3e8}", "math", "boxed", True),
+    ("12345", r"\boxed{12\,345}", "math", "boxed", True),
+    ("357", r"\boxed{12\,345}", "math", "boxed", False),
+    ("8", r"\boxed{3\quad 5}", "math", "boxed", False),
+    (r"\frac54", r"\boxed{1 1/4}", "math", "boxed", True),
+    ("2.5", r"\boxed{2\frac{1}{2}}", "math", "boxed", True),
+    ("2", "The answer is 2 2/3.", "math", "any", False),
+    (r"\frac{71}{6}", "The answer is 11 5/6.", "math", "any", True),
+    ("(0, 12.5)", r"\boxed{0 < x < 12.5}", "math", "boxed", True),
+    (r"[3,\infty)", r"\boxed{x \ge 3}", "math", "boxed", True),
+    (r"x<1 \text{ or } x>2", r"\boxed{(-\infty,1)\cup(2,\infty)}", "math", "boxed", True),
+    ("1<x<2", r"\boxed{1<x\le2}", "math", "boxed", False),
+    (r"1331 \text{ and } 1728", r"\boxed{1728}", "math", "boxed", False),
+    ("x=1,y=2", r"\boxed{(2,1)}", "math", "boxed", False),
+    ("16,3,1,1", r"\boxed{16,3,1}", "math", "boxed", False),
+    ("13", r"\boxed{\text{13}}", "math", "boxed", True),
+    ("1.6", r"\boxed{\mathbf{1.6}}", "math", "boxed", True),
+    ("18", r"\boxed{\text{18 apples}}", "math", "boxed", True),
+    (r"1-\frac1e", r"\boxed{1-\frac{1}{\mathrm{e}}}", "math", "boxed", True),
+    ("e^2", r"\boxed{\mathrm{e}^2}", "math", "boxed", True),
+    (r"\pm 2021", r"\boxed{2021}", "math", "boxed", False),
+    ("n=2, 3, 4", r"\boxed{n=1, 2, 3}", "math", "boxed", False),
+    (r"1, 2, \ldots, n", r"\boxed{1, 3, 5, \ldots, 2n-1}", "math", "boxed", False),
+    ("10:00", r"\boxed{10:00 \text{ a.m.}}", "math", "boxed", True),
+    ("1:2", r"\boxed{1:4}", "math", "boxed", False),
+    ("2x+4y-3=0", r"\boxed{y=-\frac12x+\frac34}", "math", "boxed", True),
+    ("4", r"\boxed{4\sqrt(2)}", "math", "boxed", False),
+    (r"\sqrt{\frac1n}", r"\boxed{\frac{1}{\sqrt n}}", "math", "boxed", True),
+    ("2x^3+c", r"\boxed{2x^3+c \text{ for any constant } c}", "math", "boxed", True),
+    ("f(x)=2x^3+c", r"\boxed{f(x)=2x^3}", "math", "boxed", False),
+    ("1/2,1,2", r"\boxed{\left\{\frac{1}{2}, 1, 2\right\}}", "math", "boxed", True),
+    ("16", r"\boxed{\approx 16}", "math", "boxed", True),
+    ("73", "Right: 122 + 294 + 489 = 905. Thus, the number is **73**.", "math", "any", True),
+    ("840", 'therefore \\boxed{840}., but let me explain.\n\n**Final Answer**\n\\boxed{840}', "math", "any", True),
+    ("35", r"\boxed{35 \text{ cm}} and then \boxed{4}", "math", "boxed", False),
+    ("5", r"so $\fbox{5}$.", "math", "boxed", True),
+    ("5", r"\boxed{5}. I put it in \boxed{} as asked.", "math", "boxed", True),
+    ("62.5%", r"\boxed{62.5}", "math", "boxed", True),
+    (r"8 \%", r"\boxed{8\%}", "math", "boxed", True),
+    (r"45^\circ", r"\boxed{45°}", "math", "boxed", True),
+    (r"(-\infty,2]", r"\boxed{(-∞,2]}", "math", "boxed", True),
+    ("x^2+1", r"\boxed{x²+1}", "math", "boxed", True),
+    ("(1,2)", r"\boxed{（1，2）}", "math", "boxed", True),
+    (r"x\le 2", r"\boxed{x≤2}", "math", "boxed", True),
+    (r"\frac13", r"\boxed{0.\overline{3}}", "math", "boxed", True),
+    (r"0.\overline{3}", r"\boxed{0.3}", "math", "boxed", False),
+    ("(1,2)", r"\boxed{\langle 1,2\rangle}", "math", "boxed", True),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1&2\end{pmatrix}}", "math", "boxed", False),
+    (r"\text{Alice}", r"\boxed{\text{Celia}}", "math", "boxed", False),
+    ("listen", r"\boxed{silent}", "math", "boxed", False),
+    (r"(0,1)\cup(2,3)", r"\boxed{(0,3)}", "math", "boxed", False),
+    ("B", r"\boxed{\text{(B) } 12}", "math", "boxed", True),
+    ("B", r"\boxed{\textbf{(B)}}", "math", "boxed", True),
+    ("3", "the change is −3", "number", "boxed", False),
+    ("-1234.5", 'so it drops\n#### -1,234.5', "number", "boxed", True),
+    ("2", "The answer is 1/2.", "number", "boxed", False),
+    ("3", "It is 10^3.", "number", "boxed", False),
+    ("3500000", "The mass is 3.5e6", "number", "boxed", True),
+    ("9500", r"\boxed{$9{,}500}", "number", "boxed", True),
+    ("8000", r"\boxed{8,000}", "number", "boxed", True),
+    ("72", "The answer is 72, in total, so the farmer earns that much.", "number", "boxed", True),
+    ("B", "The answer is B. Note that A is a common distractor.", "choice", "boxed", True),
+    ("C", "The answer is C because I computed the integral.", "choice", "boxed", True),
+    ("C", 'Answer: A\nNo.\nAnswer: C', "choice", "boxed", True),
+    ("B", r"\boxed{(B) or (C)}", "choice", "boxed", False),
+    ("B", "The answer is B or C.", "choice", "boxed", False),
+    ("E", r"\boxed{\text{E}}", "choice", "boxed", True),
+    ("E", r"\boxed{E - a polygenic score}", "choice", "boxed", True),
+    ("D", r"\boxed{d}", "choice", "boxed", True),
+    ("(C)", r"\boxed{C}", "choice", "boxed", True),
+    ("5", "I don't know.", "math", "boxed", False),
+]
+EQUAL_ANSWERS = [  # gold, answers that are right
+    # tiny numbers
+    (r"1.6\times10^{-19}", "1.6e-19"), (r"\frac{\sqrt2}{2^{100}}", r"2^{-100}\sqrt{2}"), ("10^{30}+1", "10^{30}+1"),
+    (r"\frac{1}{12}", "0.083333"), (r"1.5\times 10^{-30}", r"\frac{3}{2}\cdot 10^{-30}"),
+    (r"\frac{1}{7}", "0.142857"), (r"0.5\pi", r"\frac{\pi}{2}"),
+    # capitals
+    (r"\frac{GMm}{r^2}", r"\frac{GmM}{r^2}"), (r"\text{YES}", "yes"),
+    # bases
+    ("52_8", r"52_{\text{eight}}"), ("52_8", r"52_\text{eight}"), ("52_8", r"52 \text{ (base 8)}"),
+    ("52_8", "52_{(8)}"), ("42_{10}", "42"), ("101_2", r"101_{\text{two}}"), ("52_8, 53_8", "53_8, 52_8"),
+    ("4210_5", r"4210_{\text{base }5}"), ("x=52_8", "52_8"), ("52 base 8", "52_8"), ("4343_6", r"4343_{\text{six}}"),
+    ("4343_6", "4343_{6}+0"), (r"52_{\mathrm{eight}}", "52_8"), (r"\text{52 base 8}", "52_8"),
+    # e-notation
+    ("4.5e33", r"4.5\cdot 10^{33}"), ("4.5e33", "4.5e+33"), ("1e-5", r"1\times 10^{-5}"), ("0.00001", "1e-05"),
+    ("3e8", r"3 \times 10^8"), ("3e8", "3*10^8"), (r"1.6e-19 \text{ C}", r"1.6\times 10^{-19}"),
+    ("6.67e-11", r"6.67 \times 10^{-11} \text{ N m}^2"), (r"\frac{1e3}{2}", "500"), ("1.0e-3", "0.001"),
+    (r"4.5\times 10^33", "4.5e33"), (r"4.5\mathrm{e}33", "4.5e33"), ("2.5e-3", "0.0025"), ("1e6", "1000000"),
+    ("1e6", "10^6"), ("1.23e4", "12300"), ("9.1 × 10^{-31}", "9.1e-31"), ("3.0e8", r"3 \times 10^{8}"), ("6e0", "6"),
+    (r"\{1e3,2e3\}", r"\{1000,2000\}"),
+    # blanks between numbers
+    ("12345", "12 345"), ("12345", "12{,}345"), ("1234567", "1 234 567"), (r"\frac54", r"1 \frac{1}{4}"),
+    (r"\frac54", r"1\ 1/4"), (r"-\frac54", r"-1\frac{1}{4}"), ("(1 1/2, 3)", r"(\frac32, 3)"),
+    ("1 1/4", r"\frac{5}{4}"), ("1000000", r"1\,000\,000"), (r"\frac{1}{2}", r"\frac 1 2"), ("3 1/2", "3.5"),
+    ("100 000", "100000"), ("-2 1/3", r"-\frac73"), (r"(3\,000, 4\,000)", "(3000,4000)"), (r"2\ 500", "2500"),
+    (r"\frac13", "1 /3"),
+    # order and number of values
+    ("(1,2)", "1,2"), ("(1,2)", "y=2,x=1"), ("1,2", "2,1"), ("x=1,y=2", "(1,2)"), ("x=1,y=2,z=3", "(1,2,3)"),
+    (r"x=1 \text{ and } y=2", "(1,2)"), ("x=1,x=2", "x=2,x=1"), (r"\{1,2\}", r"\{1,2,2\}"), ("1,2,3", "3,1,2"),
+    ("2, 3", "(3,2)"), ("1,2,2,3", "3,2,1,2"), ("x=-1, y=4", "(-1,4)"), (r"2 \text{ or } 3", r"3 \text{ or } 2"),
+    ("(1,-1),(-1,1)", "(-1,1),(1,-1)"), ("(5,1)", "5,1"),
+    # numbers in text
+    ("13", r"\textbf{13}"), ("13", r"\mbox{13}"), ("13", r"\textit{13}"), (r"\frac12", r"\mathbf{\frac{1}{2}}"),
+    ("18", r"\text{18}"), ("18", r"\text{\$18}"), ("1234", r"\text{1,234 dollars}"), ("-5", r"\text{-5}"),
+    ("x^2+1", r"\mathbf{x}^2+1"), ("(1,2)", r"\mathbf{(1,2)}"), (r"\text{12}", "12"), ("12", r"{\bf 12}"),
+    (r"\frac{1}{2}", r"\textbf{1/2}"), ("3.5", r"\mathit{3.5}"), (r"10\%", r"\text{10\%}"),
+    # upright letters
+    ("e^2", r"\text{e}^2"), ("3+4i", r"3+4\mathrm{i}"), ("e", r"\mathrm{e}"), (r"\pi e", r"\pi\mathrm{e}"),
+    (r"x\le 2", r"x\leq 2"), ("x<2", r"x\lt 2"), (r"x \ne 2", r"x \neq 2"), (r"\{1,2\}", r"\lbrace 1,2\rbrace"),
+    (r"\frac12", r"\cfrac12"), (r"\ln 2", r"\operatorname{ln} 2"), (r"\sin x", r"\operatorname{sin} x"),
+    ("i", r"\mathrm{i}"), ("e^{x}", r"\operatorname{e}^{x}"), ("e^{x}", r"{\rm e}^{x}"),
+    (r"x\geq 3", r"x \geqslant 3"), (r"\pi", r"\mathrm{\pi}"), ("-i", r"-\mathrm{i}"),
+    # intervals and inequalities
+    (r"(-\infty,2)", "x<2"), (r"(3,\infty)", "x > 3"), ("x>3", r"(3,\infty)"), ("[1,2)", r"1\le x<2"),
+    (r"1\le x<2", "[1,2)"), (r"(-\infty,1)\cup(2,\infty)", r"x>2 \text{ or } x<1"),
+    (r"x<1 \text{ or } x>2", r"x>2 \text{ or } x<1"), ("(1,3)", r"x>1 \text{ and } x<3"), (r"x \in (1,2)", "(1,2)"),
+    (r"(-\infty,3)\cup(3,\infty)", r"x\ne3"), ("[-1,1]", r"-1\le x\le 1"), ("(0,1)", "0<x<1"),
+    (r"[1,2]\cup[3,4]", r"1\le x\le2 \text{ or } 3\le x\le4"), (r"x\in(-\infty,2)", "x<2"),
+    (r"[2,\infty)", r"x\ge2"), ("(2,5]", r"2<x\le5"), (r"x<-1 \text{ or } x>1", r"(-\infty,-1)\cup(1,\infty)"),
+    (r"(1,2)\cup(3,4)", r"1<x<2 \text{ or } 3<x<4"), ("0<x<1", "(0,1)"),
+    # words around the answer
+    ("16", "= 16"), ("16", "approximately 16"), ("16", r"\text{The answer is } 16"), ("16", "The answer is 16"),
+    ("16", r"\sim 16"), ("16", r"\approx16\text{ cm}"), ("x=2", r"\therefore x=2"),
+    ("2x^3+c", r"2x^3+c \text{ where c is any constant}"), (r"k\pi", r"k\pi, k \in \mathbb{Z}"),
+    (r"k\pi", r"k\pi, \text{ where } k \in \mathbb{Z}"), ("3:30 p.m.", "3:30 PM"), ("3:30 p.m.", "3:30"),
+    (r"5\% \text{ increase}", r"5\%"), ("y=Ce^x", r"y=Ce^x, \text{ where } C \text{ is an arbitrary constant}"),
+    (r"2\pi n", r"2\pi n \ (n\in\mathbb{Z})"),
+    # words
+    ("listen", r"\text{listen}"), (r"\text{even}", "even"), (r"\text{Alice and Bob}", "Bob and Alice"),
+    ("the circle", "circle"), ("No", "no"), ("xy", r"x \cdot y"), ("None", "none"),
+    ("no solution", r"\text{No solution}"), ("red, blue", "blue, red"), ("true", "True"),
+    # signs outside ASCII
+    ("x^2+1", "x² + 1"), (r"\sqrt{12}", "√12"), (r"\sqrt{x+1}", "√(x+1)"), (r"\frac12", "½"), (r"3\times 4", "3×4"),
+    (r"x\ge2", "x≥2"), ("12", "１２"), (r"\theta", "θ"), (r"90^\circ", "90°"), (r"\pm 2", "±2"), (r"\emptyset", "∅"),
+    ("10^{-5}", "10⁻⁵"), ("5", "5​"), (r"\mathbb{R}", "ℝ"), (r"6\div 2", "6÷2"), (r"x \to \infty", "x → ∞"),
+    (r"3\cdot 10^8", "3·10⁸"), ("a_1", "a₁"), ("x^{-1}", "x⁻¹"), (r"\frac34", "¾"), ("12,345", "12，345"),
+    # percent
+    (r"62.5\%", "62.5"), (r"62.5\%", r"62.5 \text{ percent}"), (r"62.5\%", r"\frac58"), (r"8\%", r"8 \%"),
+    (r"8\%", "8 percent"), (r"8\%", "0.08"), (r"12.5\%", r"12.5\,\%"), (r"50\%", r"\frac12"),
+    (r"\frac12\%", r"0.5\%"), (r"12.345\%", "12.345"), (r"\frac{100}{3}\%", r"33.\overline{3}\%"), (r"100\%", "1"),
+    # repeating decimals, vectors, systems
+    (r"\frac13", r"0.\bar{3}"), (r"\frac13", "0.(3)"), (r"\frac{1}{7}", r"0.\overline{142857}"),
+    (r"0.\overline{3}", r"0.\overline{33}"), (r"-\frac13", r"-0.\overline{3}"),
+    ("(1,2)", r"\left\langle 1,2\right\rangle"), ("(1,2)", r"\begin{cases}x=1\\y=2\end{cases}"),
+    (r"\langle 1,2\rangle", "(1,2)"), (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
+    ("x=1,y=2", r"\left\{\begin{array}{l}x=1\\y=2\end{array}\right."),
+    (r"\begin{cases}x=1\\y=2\end{cases}", "x=1,y=2"), (r"0.1\overline{6}", r"\frac16"),
+    (r"2.\overline{3}", r"\frac{7}{3}"), (r"\langle 1,-2,3\rangle", "(1,-2,3)"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
+    # options, roots, dollars
+    (r"\frac{1}{\sqrt n}", r"\sqrt{\frac1n}"), ("(B)", "B"), ("0.5", r"\frac12"), ("5", r"\$5"), (r"\$5.50", "5.5"),
+    ("-1./3", r"-\frac13"), (r"\frac{2}{4}", r"\frac12"), (r"\sqrt{x^4}", "x^2"),
+    # numbers with a scale, ratios, equations, units
+    (r"7 \text{ million}", "7,000,000"), ("7000000", "7 million"), (r"3.5 \text{ billion}", r"3.5\times 10^9"),
+    (r"\$7{,}000{,}000", r"7 \text{ million dollars}"), (r"2 \text{ dozen}", "24"), (r"5 \text{ hundred}", "500"),
+    ("3:4:5", "6:8:10"), ("a:b:c=3:4:5", "3:4:5"), ("4", "2+2=4"), ("0.67", r"\frac23=0.67"), ("f(0)=1", "f(0)=1"),
+    (r"5 \text{ ft } 6 \text{ in}", r"5 \text{ ft} 6 \text{ in}"), (r"9.8 \text{ m/s}^2", "9.8"),
+    (r"6.67e-11", r"6.67\times 10^{-11} \text{ N} \cdot \text{m}^2/\text{kg}^{2}"), ("8", "2**3"),
+    ("f'(x)", r"f^{\prime}(x)"),
+]
+OTHER_ANSWERS = [  # gold, near misses
+    # tiny numbers
+    (r"1.6\times10^{-19}", r"1.7\times 10^{-19}"), (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+    (r"\frac{\pi}{10^{30}}", r"\frac{\pi}{10^{31}}"), ("e^{-50}", "e^{-51}"), ("0.0000001", "0"), ("0", "10^{-20}"),
+    ("2^{-100}", "3^{-60}"), (r"(\frac{1}{2^{99}},1)", r"(\frac{1}{2^{98}},1)"), ("10^{30}+1", "10^{30}"),
+    (r"\begin{pmatrix}2^{-90}\\1\end{pmatrix}", r"\begin{pmatrix}2^{-91}\\1\end{pmatrix}"),
+    ("[0,2^{-80}]", "[0,2^{-81}]"), (r"\frac{1}{7}", "0.142858"), ("2^{-99}+x", "2^{-98}+x"), ("1.0e-10", "1.1e-10"),
+    (r"\ln(1+10^{-20})", "10^{-20}"), (r"1.6\times 10^{-19}x", r"1.7\times 10^{-19}x"),
+    ("10^{-20}, 10^{-21}", "10^{-20}, 10^{-22}"), ("10^{100}", "10^{100}+1"), (r"i\cdot 10^{-30}", "0"),
+    # capitals
+    ("A", "a"), (r"\frac{V}{R}", r"\frac{v}{r}"), ("N+n", "2n"), ("AB", "ab"), (r"\Gamma", r"\gamma"), ("m", "M"),
+    (r"\Phi", r"\phi"), ("f(X)", "f(x)"), (r"\sin X", r"\sin x"), (r"\{A,B\}", r"\{a,b\}"),
+    # bases
+    ("52_8", "52"), ("52_8", r"52_{\textrm{nine}}"), ("1A_{16}", "26"), ("x=52_8", "x=52_7"), ("-12_5", "-12_6"),
+    ("3_{4}+1", "3_5+1"), ("10", "1010_2"), ("4343_6", "4344_6"), ("FF_{16}", "255"), ("0.11_2", "0.11_3"),
+    ("(12_3, 4)", "(12_4, 4)"),
+    # e-notation
+    ("4.5e33", r"4.5 \times 10^{32}"), ("0.00001", "1e-06"), ("3e8", r"3\times 10^7"), ("2e", "5.43656"),
+    ("2e-1", "2e - 1"), ("e^3", "e3"), ("2.5e-3", "0.00025"), ("1e6", "10^5"), ("5e2", "5e^2"), ("5e^2", "500"),
+    ("1e400", "10^{401}"), ("1e-400", "10^{-401}"),
+    # blanks between numbers
+    ("357", "12 345"), ("8", r"3\;5"), ("15", "3 5"), ("5", "2~3"), (r"\frac14", "1 1/4"), ("1234", "1 2 3 4"),
+    ("1000", r"10\,00"), ("3 1/2", r"\frac{3}{2}"), ("2 3 4", "234"), ("5 ft 3 in", "8"), ("7", "3 4"),
+    # order and number of values
+    ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("1,2", "1,2,2"), ("1,1", "1"), ("x=1,y=2", "x=2,y=1"),
+    ("(2,1)", "x=1,y=2"), ("a=3,b=4", "(4,3)"), ("(1,2,3)", "(3,2,1)"), ("(3,2,1)", "(1,2,3)"), ("(1,1,2)", "(1,2)"),
+    ("[1,2,3]", "[3,2,1]"), ("2,3", "2,3,5"), (r"\pm 2", "-2"), ("1,2,2,3", "1,2,3,3"), ("0,0", "0"),
+    ("(3,4)", "(4,3)"), ("a=1,b=2", "a=2,b=1"), ("x=-1, y=4", "(4,-1)"), ("m=3, n=5", "(5,3)"),
+    ("(0,0),(1,2)", "(0,0),(2,1)"), ("1, 2, 3", "1,2"), ("(5,1)", "1,5"),
+    # numbers in text
+    ("13", r"\text{14}"), ("18", r"\text{19 apples}"), ("18", r"\text{18 or 19}"), ("18", r"18 \text{ or } 19"),
+    ("18", r"\text{-18}"), ("2", r"\text{2 or 3}"), ("2", r"2 \text{ or 3}"), ("12", r"\text{12 and 13}"),
+    ("5", r"\text{5 or more}"), ("5", r"\text{at least 5}"),
+    # upright letters
+    ("e^2", r"\mathrm{e}^3"), (r"1-\frac1e", r"1+\frac{1}{\mathrm{e}}"), (r"\cos x", r"\operatorname{sin} x"),
+    # intervals and inequalities
+    (r"(-\infty,2)", r"(-\infty, 2]"), (r"[3,\infty)", "x > 3"), ("[1,2)", r"1\le x\le 2"),
+    (r"x<1 \text{ or } x>2", "x<1"), ("(1,3)", r"x>1 \text{ and } x<4"), ("(0,12.5)", r"0\le x<12.5"),
+    ("(0,1)", "0<x<2"), ("x>5", "x<5"), ("(2,5]", r"2\le x<5"),
+    (r"x<-1 \text{ or } x>1", r"(-\infty,-1]\cup[1,\infty)"),
+    (r"(-\infty,-1)\cup(1,\infty)", r"x<-1 \text{ or } y>1"), (r"(1,2)\cup(3,4)", "1<x<4"),
+    # words around the answer
+    ("16", r"\approx 17"), ("16", r"\text{less than } 16"), ("16", r"16 \text{ or more}"),
+    (r"k\pi \text{ for odd } k", r"k\pi \text{ for even } k"), (r"3:30 \text{ p.m.}", r"3:30 \text{ a.m.}"),
+    ("3:30 p.m.", "1:10 p.m."), ("3 p.m.", "3 a.m."), (r"5\% \text{ increase}", r"5\% \text{ decrease}"),
+    (r"5 \text{ million}", r"5 \text{ billion}"), (r"2\pi n", r"\pi n, n\in\mathbb{Z}"), ("9:00 AM", "9:00 PM"),
+    ("12:15", "12:20"), (r"20 \text{ m north}", r"20 \text{ m south}"),
+    # words
+    ("listen", "enlist"), ("even", "odd"), (r"\text{Alice and Bob}", "Alice"), ("No", "on"), ("ab", "ba"),
+    (r"\text{east}", "5"), ("tea", "eat"), ("AB", "BA"), ("red, blue", "red"), ("dog", "god"), ("abc", "cab"),
+    # signs outside ASCII
+    ("x^2+1", "x³+1"), (r"\frac{21}{2}", "2½"), ("3", "−3"), ("x^2", "x₂"),
+    # percent
+    (r"62.5\%", "6.25"), (r"8\%", r"9\%"), (r"8\%", "800"), ("800", r"8\%"), (r"10\%", r"1000\%"),
+    (r"10\%", r"0.1\%"), (r"33.3\%", r"33.4\%"), (r"50\%", r"5\%"), (r"12.345\%", "12.346"), (r"12.345\%", "1.2345"),
+    # repeating decimals, vectors, systems
+    (r"0.\overline{3}", "0.333"), (r"0.\overline{3}", r"0.\overline{6}"), ("(1,2)", r"\langle 2,1\rangle"),
+    ("(1,2)", r"\begin{pmatrix}2\\1\end{pmatrix}"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(2,1)"),
+    ("x=1,y=2", r"\begin{cases}x=2\\y=1\end{cases}"), (r"\begin{cases}x=1\\y=2\end{cases}", "(2,1)"),
+    (r"0.1\overline{6}", r"\frac15"), (r"0.\overline{12}", "0.12"), ("0.12", r"0.\overline{12}"),
+    (r"\langle 1,-2,3\rangle", "(1,2,3)"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2,3,4)"),
+    (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{bmatrix}2\\1\end{bmatrix}"),
+    # options, roots, dollars
+    (r"\sqrt{x^2}", "x"), ("x", r"\sqrt{x^2}"), (r"\sqrt{\frac{1}{n}}", r"\frac{1}{n}"), ("B", "(A) 12"),
+    ("B", r"\text{(A)}"), ("B", "b"), (r"\text{(B)}", "C"), ("4", r"4\sqrt(2)"), ("(x^2)^{1/2}", "x"),
+    ("x^{1/2}", "x^{1/3}"), (r"\sqrt{x}+1", r"\sqrt{x}-1"),
+    # numbers with a scale, ratios, equations, primes
+    ("7", r"7 \text{ million}"), ("7", "7 thousand"), (r"7 \text{ million}", r"7 \text{ thousand}"),
+    ("3:4:5", "3:5:4"), ("a:b:c=3:4:5", "a:b:c=3:5:4"), (r"1:\sqrt3:2", r"1:2:\sqrt3"), ("7", "6=7"), ("7", "6+2=7"),
+    ("f(2)=3", "f(3)=2"), ("f(2)=3", "f(2)=4"), ("x^2=-1", "x^2=-2"), ("f'(x)", "f(x)"), ("y'=2x", "y=2x"),
+    ("f''(x)", "f'(x)"), ("x'", "x"), ("24", r"24 \text{ dozen}"),
+    # several units, dates
+    (r"12 \text{ hours } 30 \text{ minutes}", r"12 \text{ hours } 40 \text{ minutes}"),
+    (r"12 \text{ hours } 30 \text{ minutes}", "12"), (r"5 \text{ ft } 6 \text{ in}", r"5 \text{ ft } 7 \text{ in}"),
+    ("5", r"5 \text{ ft } 6 \text{ in}"), (r"5 \text{ ft}, 6 \text{ in}", r"6 \text{ ft}, 5 \text{ in}"),
+    ("5", r"5 \text{ cm and } 6 \text{ cm}"), ("3", r"2 \text{ when } x=3"), ("2021-01-05", "2020-01-04"),
+    ("2021-01-05", "2015"), ("14/3/2021", "14/3/2022"), (r"\text{5 January}", r"\text{5 February}"),
+    (r"14 \text{ March } 2021", r"15 \text{ March } 2021"), (r"30^\circ 15' 20''", r"30^\circ 15' 30''"),
+]
+# fmt: on
+
+
+def test_a_response_searched_for_any_answer_is_judged_as_a_box_is():
+    # fmt: off
+    right = [  # gold, response
+        (r"\frac78", "The answer is 7/8."), ("3:30 p.m.", r"It is $3:30 \text{ p.m.}$"),
+        ("7", "The answer is 7. That was on page 17 of 27."),
+    ]
+    wrong = [
+        ("7", "The answer is 7/8."), ("7", "The answer is 7 or 8."), ("7", "It is 7 million."),
+        ("2021-01-05", "It is $2020-01-04$"), ("3:30 p.m.", r"It is $3:30 \text{ a.m.}$"),
+        (r"12 \text{ hours } 30 \text{ minutes}", r"It is $12 \text{ hours } 40 \text{ minutes}$"),
+    ]
+    # fmt: on
+    golds, responses = map(list, zip(*right, *wrong))
+    with evaluation.Checker(extract="any", limit=20.0) as checker:
+        verdicts = checker.check(responses, golds, ["math"] * len(golds))
+    assert verdicts == ["correct"] * len(right) + ["wrong"] * len(wrong)
+
+
+def test_answers_that_others_misjudge():
+    """Inputs of public bug reports, reduced."""
+    checkers = {
+        extract: evaluation.Checker(extract=extract, limit=20.0) for extract in ("boxed", "any")
+    }
+    judged = []
+    for gold, response, kind, extract, _ in ANSWERS:
+        [verdict] = checkers[extract].check([response], [gold], [kind])
+        judged.append(verdict == "correct")
+    for checker in checkers.values():
+        checker.close()
+    assert [row for row, right in zip(ANSWERS, judged) if right != row[-1]] == []
+
+
+# fmt: off
+@pytest.mark.parametrize("kind, right, wrong", [
+    ("number", [  # gold, response
+        ("-3", "the change is −3"), ("-3", "it is –3."), ("0.5", "It is 1/2."), ("2.5", "It is 2 1/2."),
+        ("1000", "It is 10^3."), ("1000", "It is 10³."), ("3500000", "The mass is 3.5e6"), ("73", "It is **73**."),
+        ("300000000", r"about 3 \times 10^8 m/s"), ("-73", "It is **-73**."), ("1234.5", "It is $1,234.50."),
+        ("24", "it weighs 24kg"), ("10", "10 %."), ("6", "2*3 = 6."), ("-5", "(-5)"), ("0.5", "#### 1/2"),
+        ("8", "It is 2**3"), ("32", r"It is 2^{5}"), ("0.2", "It is 1 / 5"), ("7000000", "It is 7 million."),
+        ("5000", "5 × 10^3"), ("5.5", "5½"), ("13", "8 + 5 = 13"), ("12", "twelve (12)"), ("2", r"\sqrt{4}"),
+        ("-4", "x = - 4"),
+        ("1000", "It is 1 000."), ("5", "the 5th"), ("42", "It is $42$."), ("0.5", r"It is $\frac{1}{2}$."),
+    ], [
+        ("3", "the change is −3"), ("2", "The answer is 1/2."), ("3", "It is 10^3."), ("3", "It is 10^{3}."),
+        ("3", "It is 10³."), ("6", "The mass is 3.5e6"), ("8", r"3 \times 10^{8}"), ("2", r"It is \frac{1}{2}."),
+        ("3", r"It is 2\sqrt{3}."), ("3", "It is 2√3."), ("2", "It is 2π."), ("2", r"It is 2\pi."),
+        ("2", "It is 2x."), ("234", "It is 1,234 apples"), ("5", "between 3-5"), ("5", "5:30"), ("19", "COVID-19"),
+        ("7", "x_7"), ("7", "x^{7}"), ("2", "It is 2 2/3."), ("2", "#### 1/2"),
+        ("4", "x = - 4"), ("7", "It is 7 million."), ("4", "sqrt(4)"), ("5", r"\sqrt[3]{5}"), ("5", "8 - 5"),
+        ("5", "1⁄5"), ("5", "1 / 5"), ("3", "5*10**3"), ("3", "2 ** 3"), ("3", "2 ^ 3"), ("3", "10^(3)"),
+        ("5", "5_8"), ("12", "12_{8}"), ("5", "on 2021-01-05"), ("2015", "on 2021-01-05"),
+        ("5", "8 + 5"), ("3", "x^(3)"),
+    ]),
+    ("choice", [
+        ("B", r"\boxed{b}"), ("B", r"\boxed{(b)}"), ("B", r"\boxed{B. vitamin C}"), ("B", r"\boxed{Option B}"),
+        ("B", r"\boxed{B – text}"), ("B", r"\boxed{\text{(B) } 12}"), ("B", "The answer is B, not C."),
+        ("B", "The answer is B\nC is wrong"), ("B", "The answer is B. C is wrong"),
+        ("B", "The answer is B, I think."), ("C", "The answer is (c)."), ("K", r"\boxed{K}"), (r"\text{C}", "C"),
+        ("B", r"The answer is $\text{(B)}$."), ("B", "\\boxed{}\nThe answer is B"), ("c", "Answer: C"),
+    ], [
+        ("B", r"\boxed{B or C}"), ("C", r"\boxed{B or C}"), ("B", r"\boxed{B, C}"), ("B", r"\boxed{B/C}"),
+        ("B", r"\boxed{BC}"), ("B", r"\boxed{\text{B and C}}"), ("B", r"\boxed{(B) 12 or (C) 13}"),
+        ("B", "The answer is B and C."), ("B", "The answer is (B) or (C)."), ("A", "The answer is A or B."),
+        ("A", r"\boxed{a polygenic score}"), ("B", "The answer is **B** or **C**"),
+        ("B", "The answer is (B)(C)"), ("B", "The answer is (B) (C) (D)"), ("B", "The answer is B C D"),
+        ("B", "The answer is B|C|D"), ("B", "The answer is B - C"), ("B", "The answer is B to D"),
+        ("A", r"\boxed{A and also B}"), ("A", r"\boxed{A) 5 B) 6}"), ("A", r"\boxed{A. 5, B. 6}"),
+        ("B", r"\boxed{\neg B}"), ("A", r"\boxed{A - B}"),
+    ]),
+])
+# fmt: on
+def test_the_longest_number_and_the_one_letter_count(checker, kind, right, wrong):
+    golds, responses = map(list, zip(*right, *wrong))
+    verdicts = checker.check(responses, golds, [kind] * len(golds))
+    expected = [True] * len(right) + [False] * len(wrong)
+    missed = zip(right + wrong, verdicts, expected)
+    assert [case for case, verdict, good in missed if (verdict == "correct") != good] == []
+
+
+# fmt: off
+@pytest.mark.parametrize("response, held", [
+    (r"so $\fbox{5}$.", "5"), (r"\boxed{5}. I put it in \boxed{} as asked.", "5"), (r"\boxed 5", "5"),
+    (r"\boxed 12.5 m", "12.5"), (r"$\boxed A$", "A"), (r"\boxed as asked", None), (r"\boxed{4} \boxed{\ }", "4"),
+    (r"\boxed{4}, \fbox{3}", "3"), (r"\boxed{1}" + r"\boxed{}" * 99, "1"), (r"\boxed{1}" + r"\boxed{}" * 100, None),
+    (r"\boxed{4} \boxed{5", None), (r"\boxed{\{1\}}", r"\{1\}"),
+])
+# fmt: on
+def test_the_last_box_that_holds_something_counts(response, held):
+    assert evaluation.last_boxed(response) == held
+
+
+def test_rewriting_takes_time_linear_in_the_text():
+    # fmt: off
+    pieces = [
+        "\\text{1", "\\text{a", "1 234 ", "1,234,", "12 345 ", "1 1/2 ", "1.5e3 ", "52_8", "52 base ",
+        "\\begin{cases}", "\\frac",
+        "\\boxed{}", "for any ", "1^", "2\\times 10^", "-", "\\sqrt(", "0.(3", "answer is ", "or", "\\mathbf{",
+    ]
+    # fmt: on
+    pieces += [*"0123456789 ABC(){}[]$%~_^.,:;/", "\\", "√", "²", "⁄", "\u202e"]
+    for piece in pieces:
+        seconds = []
+        for length in (10_000, 40_000):
+            text = piece * (length // len(piece))
+            start = time.perf_counter()
+            evaluation.rewrite(text)
+            evaluation.number_answer(text)
+            seconds.append(time.perf_counter() - start)
+        assert seconds[1] < 12 * seconds[0] + 0.05, piece
+
+
+@pytest.mark.parametrize("pairs, right", [(EQUAL_ANSWERS, True), (OTHER_ANSWERS, False)])
+def test_spelling_does_not_matter_and_whatever_tells_answers_apart_does(checker, pairs, right):
+    responses, golds = [rf"\boxed{{{answer}}}" for _, answer in pairs], [gold for gold, _ in pairs]
+    verdicts = checker.check(responses, golds, ["math"] * len(pairs))
+    assert [pair for pair, v in zip(pairs, verdicts) if (v == "correct") != right] == []
+
+
+# fmt: off
 USABLE_GOLDS = [
-    ("math", [r"\frac12", "work\n#### 5", "$7$."]), ("number", ["1,234", "work\n#### -3"]),
-    ("choice", ["B", " J "]), ("chain", ["7"]), ("countdown", ["3 5 7 = 22", "3 = 3"]),
+    ("math", [r"\frac12", "work\n#### 5", "$7$.", r"\text{(C)}", "New York", "-1./3", "52_8"]),
+    ("number", ["1,234", "work\n#### -3", "1/2", "5 cm"]),
+    ("choice", ["B", " J ", "K", "b", "(A)", r"\text{(C)}", "D. none"]), ("chain", ["7"]),
+    ("countdown", ["3 5 7 = 22", "3 = 3"]),
 ]
 USELESS_GOLDS = [
-    ("math", ["", "work\n####", r"\frac{", "(" * 9]), ("number", ["", "."]),
-    ("choice", ["", "K", "b", "AB", "(A)"]), ("chain", ["", " "]),
+    ("math", ["", "work\n####", r"\frac{", "(" * 9, "$t(0,4]$", "E_{1},E_{2}", "proof", r"\text{Proof.}",
+              "See solution.", "N/A"]),
+    ("number", ["", ".", "many", "N/A"]), ("choice", ["", "AB", "A or B", "5", "proof"]), ("chain", ["", " "]),
     ("countdown", ["", "three", "3 5 7", "3,5 = 8", "3 = -3"]),
 ]
 # fmt: on
@@ -2916,7 +3339,8 @@ def test_verdicts_are_those_of_math_verify(checker):
     verdicts = checker.check(responses, golds, ["math"] * len(pairs))
     latex = [math_verify.LatexExtractionConfig()]
     parse = lambda text: math_verify.parse(f"${text}$", latex)
-    expected = [math_verify.verify(parse(gold), parse(answer)) for answer, gold in pairs]
+    verify = functools.partial(math_verify.verify, allow_set_relation_comp=True)
+    expected = [verify(parse(gold), parse(answer)) for answer, gold in pairs]
     assert [verdict == "correct" for verdict in verdicts] == expected
     assert sum(expected) > 40
 
@@ -3032,7 +3456,7 @@ def test_the_hostile_corpus_is_refused(tmp_path, monkeypatch):
             verdicts.append(found)
         elif not re.search("int|binom|gcd", response):  # which take as long as they may
             left.append((response, gold))
-    assert len(verdicts) > 250 and set(verdicts) == {"unparsed"}
+    assert len(verdicts) > 250 and set(verdicts) == {"unparsed", "wrong"}
     left = left[::4]  # benchmarks/faults_checker.py runs them all
     with evaluation.Checker(workers=2, limit=20.0) as checker:
         verdicts = checker.check(*map(list, zip(*left)), ["math"] * len(left))
@@ -3705,6 +4129,24 @@ def test_grade_adds_a_verdict_to_each_row(tmp_path):
     assert json.loads(out.read_text().splitlines()[2])["verdict"] == "correct"
 
 
+def test_answers_that_nothing_can_match_are_named_alike(chat_tokenizer, tmp_path, capsys):
+    rows = [{"question": "q", "answer": "5"}, {"question": "q", "answer": "$t(0,4]$"}]
+    rows += [{"question": "q", "answer": "proof"}] * 11
+    rows = [{**row, "response": "it is 5"} for row in rows]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    proofs = ", ".join(f'line {i} ("proof")' for i in range(3, 12))
+    said = "12 of 13 answers cannot be matched by any response: "
+    said += f'line 2 ("$t(0,4]$"), {proofs}, ...'
+    with evaluation.Checker(limit=20.0) as checker:
+        questions = read_questions(path, chat_tokenizer, checker=checker)
+        assert questions.report() == f"1 of 13 questions kept; dropped: {said}"
+        assert len(evaluation.load_questions(path, chat_tokenizer, None, "", checker=checker)) == 13
+    assert capsys.readouterr().err.endswith(f"warning: {path}: {said}\n")
+    args = argparse.Namespace(file=Path(path), limit=20.0, extract="boxed", require_think=False)
+    evaluation.command_grade(args)
+    assert f"warning: {path}: {said}\n" in capsys.readouterr().err
+
+
 def refused(monkeypatch, capsys, *args) -> str:
     """What eval.py says when it refuses these arguments: one line, with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
@@ -3725,7 +4167,7 @@ def test_grade_refuses_wrong_files_and_limits(tmp_path, monkeypatch, capsys):
         assert "--limit must be" in refused(monkeypatch, capsys, "grade", path, "--limit", limit)
 
 
-def test_help_says_where_an_answer_of_each_kind_stands(capsys, monkeypatch):
+def test_help_and_readme_say_where_an_answer_of_each_kind_stands(capsys, monkeypatch):
     for command in (["grade"], []):
         monkeypatch.setattr(sys, "argv", ["eval.py", *command, "--help"])
         with pytest.raises(SystemExit) as stop:
@@ -3733,7 +4175,10 @@ def test_help_says_where_an_answer_of_each_kind_stands(capsys, monkeypatch):
         lines = capsys.readouterr().out.splitlines()
         assert stop.value.code == 0
         for name, kind in evaluation.KINDS.items():
-            assert f"  {name:10} {kind.where}" in lines
+            assert f"  {name:10} {kind.answer}: {kind.where}" in lines
+    table = (ROOT / "README.md").read_text().split("| kind | `answer` |")[1].split("\n\n")[0]
+    rows = [f"| `{name}` | {k.answer} | {k.where} |" for name, k in evaluation.KINDS.items()]
+    assert table.splitlines()[2:] == rows
 
 
 @pytest.fixture(scope="module")
@@ -6896,7 +7341,7 @@ def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(unpar
     for text in (printed, summary):
         assert text.count("warning: ") == 1
         assert "No answer was found in 100% of the responses" in text
-        assert "Answers of kind chain are the last [...]" in text
+        assert "Answers of kind chain are the last `[...]`" in text
 
 
 NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and what is not
@@ -6910,7 +7355,7 @@ NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and wh
     ),
     (["math"], 0.1, 0.9, {"extract": "any"}, ["No answer"], ["\\boxed", "--system"]),
     (["number"], 0.95, 0.0, {}, ["95%", "--max-response 8192"], ["No answer", "--system"]),
-    (["choice"], 0.0, 1.0, {"require_think": True}, ["a letter A to J", "</think>"], ["--system"]),
+    (["choice"], 0.0, 1.0, {"require_think": True}, ["a letter in", "</think>"], ["--system"]),
 ]
 
 

@@ -469,6 +469,18 @@ MUTANTS = {
             ("return number if math.isfinite(number) else None", "return number"),
             ('row["verdict"].count("unjudged")\n', '0\n'),
         ]),
+        ("spelling or longest", [
+            ("return abs(a - b) <= max(abs(a), abs(b)) / 100_000", "return True"),
+            ("ConversionConfig(lowercase_symbols=False)", "ConversionConfig()"),
+            ("return near(a, b, 1e-13 if decimal else 1e-80)", "return near(a, b, 1e-5)"),
+            ("if (solutions := sympy.solve(equation, symbols)) == []:",
+             "if (solutions := sympy.solve(equation, symbols)) is None:"),
+            ("return abs(left - right) > 0.05 * max(abs(left), abs(right))", "return False"),
+            ("if DATE.fullmatch(text) or COMPOUND.search(EXPONENT.sub(\"\", text)):",
+             "if DATE.fullmatch(text):"),
+            ("{whole * under + over}", "{whole + over}"),
+            ("return letter if not second or letter in second.groups() else None", "return letter"),
+        ]),
         ("pass_at_k", [
             ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c and 1 <= k <= n):"),
             ("if not (0 <= c <= n and 1 <= k <= n):", "if not (0 <= c <= n and 0 <= k <= n):"),

@@ -70,7 +70,7 @@ def draw(length: int, seed: int, start: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, first = divmod(start + len(indices), length)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         permutation = torch.randperm(length, generator=generator).tolist()
         indices += permutation[first : first + count - len(indices)]
     return indices
@@ -1015,7 +1015,7 @@ def make_base(
 
     A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     rng = random.Random(f"base-{seed}")
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),

@@ -234,7 +234,7 @@ def next_phase(cfg: Config, state: State) -> str | None:
     if cfg.schedule == "sft" or state.rl_steps == cfg.steps:
         return None
     if cfg.schedule == "alternate":  # ALRIGHT's coin (arXiv 2410.15483), one for all ranks
-        coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.step)
+        coin = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
         return "rl" if torch.rand((), generator=coin) < cfg.rl_share else "sft"
     return "rl"
 
@@ -342,7 +342,7 @@ def begin_sft(run: Run, indices: list[int]) -> None:
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
         log_movement(run, "rl")
         set_anchor(run)  # what optimizer_step puts frozen entries back to
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.sft_phases)
+    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)
     for _ in range(cfg.sft_epochs):
         order = torch.randperm(len(indices), generator=generator).tolist()
         shuffled = [indices[i] for i in order]
@@ -675,8 +675,10 @@ def sample(run: Run, questions: list[data.Question]) -> list[Response]:
     cfg = run.cfg
     mine = range(run.rank, len(questions), run.world)
     prompts = [questions[i].prompt for i in mine]
-    # No seed is used twice, and none depends on which rank samples.
-    seeds = [(cfg.seed << 40) + (run.state.drawn + i) * cfg.samples for i in mine]
+    # No seed is used twice, and none depends on which rank samples. 63 bits hold --seed to 2^23;
+    # larger ones wrap around, to a billion seeds each that lie between those of smaller ones.
+    first = (cfg.seed << 40) % (2**63 - 1_000_000_007)
+    seeds = [first + (run.state.drawn + i) * cfg.samples for i in mine]
     with run.timed("sample"):
         limit = cfg.max_response
         groups = run.sampler.sample(prompts, cfg.samples, seeds, limit, cfg.temperature)
@@ -793,7 +795,7 @@ def probe_engine(run: Run) -> None:
     with run.timed("probe"):
         prompt = run.questions[0].prompt
         limit = min(16, run.cfg.max_response)
-        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed], limit, 1.0)
+        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed % 2**63], limit, 1.0)
         batch = data.collate([(prompt, response.tokens)], 0, engine=[response.logprobs])
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         with torch.no_grad():
@@ -2058,7 +2060,7 @@ def set_up(cfg: Config) -> Run:
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
     # Pinned, or each SFT step's copies to the GPU would be slow.
     like = {"device": map_device, "pin_memory": offloaded}
-    torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
+    torch.manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)  # of dropout, where a model has it
     return Run(
         cfg=cfg,
         rank=rank,

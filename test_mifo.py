@@ -1709,6 +1709,14 @@ def test_draw_is_a_stream_of_permutations_however_it_is_cut(length):
         assert len(others) == 20 and data.draw(length, 6, 0, length) != passes[1]
 
 
+def test_seeds_may_be_of_any_size(tmp_path):
+    drawn = {tuple(data.draw(50, seed, 0, 50)) for seed in (0, 2**24, 20240101)}
+    assert len(drawn) == 3 and sorted(data.draw(50, 2**80, 0, 50)) == list(range(50))
+    tokenizer, quiet = data.embedded_tokenizer(), lambda text: None
+    data.make_base(tmp_path, 2**80, tokenizer, data.base_chain, steps=1, say=quiet)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_draw_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     data.draw(10, 0, 0, 25)
@@ -6585,6 +6593,37 @@ def test_a_checkpoint_names_the_type_of_its_weights_and_nothing_else_is_new(
         assert before == after
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
+@case(worlds=(1,))
+def seeds_of_runs(folder):
+    """By --seed: the seeds that the sampler is given in two RL steps, with an SFT phase of MIFO."""
+    found = {}
+    for seed in (0, 1, 2**23, 20240101, 2**31, 2**40, 2**80):
+        base = folder / f"embedded-base-{seed}"
+        if not base.exists():
+            shutil.copytree(folder / "embedded-base-0", base)
+        settings = dict(seed=seed, steps=2, buffer_size=2)
+        run = open_run(folder / f"seed-{seed}", **settings)
+        given, sample = [], run.sampler.sample
+        run.sampler.sample = lambda *args, given=given, sample=sample: (
+            given.append(args) or sample(*args)
+        )
+        mifo.train(run)
+        found[seed] = [seeds for _, n, seeds, *_ in given if n == run.cfg.samples]
+    return found
+
+
+def test_any_seed_runs_and_is_a_run_of_its_own(seeds_of_runs):
+    [found] = seeds_of_runs[1]
+    assert found[0] == [[0, 4, 8, 12], [16, 20, 24, 28]]  # as the README's runs had them
+    assert found[1] == [[2**40 + seed for seed in step] for step in found[0]]
+    given = []
+    for seed, steps in found.items():
+        assert [len(seeds) for seeds in steps] == [4, 4], seed
+        given += sum(steps, [])
+    assert len({seed + j for seed in given for j in range(4)}) == 4 * len(given)
+    assert all(0 <= seed < 2**63 for seed in given)
 
 
 @case(worlds=(1,))

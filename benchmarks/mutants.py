@@ -309,7 +309,7 @@ MUTANTS = {
             ("        elif phase == \"sft\" and len(state.sft_queue) % state.sft_epoch == 0:",
              "        elif False:"),
             ("len(state.sft_queue) // cfg.sft_epochs", "len(state.sft_queue)"),
-            ("manual_seed(cfg.seed * 1_000_003 + state.step)", "manual_seed(cfg.seed * 1_000_003)"),
+            ("seed * 1_000_003 + state.step)", "seed * 1_000_003)"),
             ("< cfg.rl_share else", "> cfg.rl_share else"),
             ("accuracy <= cfg.p and index in run.demonstrated", "accuracy <= cfg.p"),
             ("if index in used or len(used) < budget:", "if len(used) < budget:"),
@@ -407,6 +407,16 @@ MUTANTS = {
             ("    state.rl_steps += 1", "    state.rl_steps += 2"),
             ('run.optimizers["sft"].state.clear()', "pass"),
         ]),
+        ("any_seed", [
+            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "(cfg.seed << 40) % 2**63"),
+            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "cfg.seed << 40"),
+            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "evaluation.question_seed(cfg.seed, '')"),
+            ("manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)",
+             "manual_seed(cfg.seed * 1_000_003 + state.sft_phases)"),
+            ("1, [run.cfg.seed % 2**63], limit", "1, [run.cfg.seed], limit"),
+            ("manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)",
+             "manual_seed(cfg.seed * 1_000_003 + rank)"),
+        ]),
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),
             ("        if evaluation_due(cfg, state, phase, following):", "        if False:"),
@@ -434,6 +444,10 @@ MUTANTS = {
             ("* (len(parts[-1]) + 1) <= cap", "* (len(parts[-1]) + 1) < cap"),
             ("math.ceil(needed / world) * world", "needed"),
             ("max(len(cut(budget)), 1)", "len(cut(budget))"),
+        ]),
+        ("any_size", [
+            ("(seed * 1_000_003 + epoch) % 2**63", "seed * 1_000_003 + epoch"),
+            ("torch.manual_seed(seed % 2**63)", "torch.manual_seed(seed)"),
         ]),
     ],
     "rollout.py": [

@@ -19,8 +19,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,7 +150,10 @@ def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
 
 
 def chat_messages(value) -> list[dict]:
-    """A cell as chat messages; text alone is the user's. [] unless each has role and content."""
+    """A cell as chat messages; text alone is the user's. [] unless each has role and content.
+
+    Content in parts, as {"type": "text", "text": ...}, becomes one text (joined_parts).
+    """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
@@ -158,10 +163,27 @@ def chat_messages(value) -> list[dict]:
         if not isinstance(message, dict):
             return []
         role, content = message.get("role"), message.get("content")
+        if isinstance(content, list):
+            content = joined_parts(content)
         if not (isinstance(role, str) and isinstance(content, str)):
             return []
         messages.append({"role": role, "content": content})
     return messages
+
+
+def joined_parts(parts: list) -> str | None:
+    """A message's parts as one text, each on a new line; of a picture `<image>` or the like stays,
+    which PICTURE finds. None if a part is neither."""
+    texts = []
+    for part in parts:
+        part = part if isinstance(part, dict) else {"text": part}
+        kind, text = f"<{part.get('type')}>", part.get("text")
+        if PICTURE.fullmatch(kind):
+            text = kind
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def prompt_messages(question: str | list[dict], system: str | None = None) -> list[dict]:
@@ -320,14 +342,26 @@ class Rows:
         """(index, row) of a batch of the table; blank lines are left out."""
         if self.unit == "row":
             columns = list(batch.keys())
+            features = self.table.features
             cells = [batch[column] for column in columns]
             for index, *values in zip(indices, *cells):
-                yield index, dict(zip(columns, values))
+                row = zip(columns, values)
+                yield index, {name: as_stored(cell, features[name]) for name, cell in row}
         else:
             for index, text in zip(indices, batch[self.TEXT]):
                 text = text.strip("\ufeff \t")
                 if text:
                     yield index, parse_row(text, self.place(index))
+
+
+def as_stored(cell, feature):
+    """The cell, in which a number of 16 or 32 bits is 0.1 if it was, and not 0.10000000149."""
+    if isinstance(cell, list) and hasattr(feature, "feature"):
+        return [as_stored(part, feature.feature) for part in cell]
+    if isinstance(cell, dict) and isinstance(feature, dict):
+        return {name: as_stored(part, feature[name]) for name, part in cell.items()}
+    narrow = cell is not None and getattr(feature, "dtype", "") in ("float16", "float32")
+    return float(str(np.dtype(feature.dtype).type(cell))) if narrow else cell
 
 
 def parse_row(text: str, place: str) -> dict:
@@ -455,6 +489,8 @@ def digest(*parts) -> str:
 # Layouts: what a row asks, its answer, its demonstration
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+PICTURES = re.compile(r"(image|picture|video|audio)s?(_\d+|_url|_path)?")  # names of columns
+PICTURE = re.compile(r"<\|?(?:input_)?(?:image|img|video|audio)(?:[ _]?\w{0,9})\|?>", re.I)
 LETTERS = "ABCDEFGHIJ"
 PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
 
@@ -545,11 +581,12 @@ def read_chat(index: int, row: dict) -> Example:
         index=index,
         messages=chat_messages(row.get("prompt")),
         answer=answer_text(gold).strip(),
-        solution=target[0]["content"] if target else "",
+        solution=target[-1]["content"] if target else "",
         kind=cell_text(row.get("kind")) or "math",
         level=first_text(row, "level", "category", "subject"),
         id=cell_text(row.get("unique_id")) or str(index),
         behavior_logprobs=row.get("behavior_logprobs"),
+        fault=picture_fault(row),
     )
 
 
@@ -569,7 +606,9 @@ def read_fields(
     answer, kind = gold_and_kind(row, answer_field, mostly_worked)
     written = answer_text(row.get(answer_field))
     worked = written if "####" in written else ""
-    context, options, fault = cell_text(row.get("context")), row.get("options"), ""
+    context, options, fault = cell_text(row.get("context")), row.get("options"), picture_fault(row)
+    if isinstance(row.get("context"), (list, dict)) and row["context"]:
+        fault = "context is no text"
     if question and context:
         question = f"{context}\n{question}"
     if kind == "choice" and options:
@@ -614,10 +653,10 @@ def cell_text(value) -> str:
     """A cell as text: numbers are written out; null, NaN and whatever is not text are empty."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # AMC's answers are stored as floats
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return str(value) if is_number and value == value else ""
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
+        text = f"{Decimal(str(value)):f}"  # 0.00001, not 1e-05; and 20.0, as AMC has it, is 20
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
 def answer_text(value) -> str:
@@ -635,6 +674,12 @@ def first_text(row: dict, *names: str) -> str:
     return ""
 
 
+def picture_fault(row: dict) -> str:
+    """What is wrong with a row that has a picture in a column of its own; "" if it has none."""
+    columns = [name for name, value in row.items() if PICTURES.fullmatch(name) and value]
+    return f"{columns[0]} beside the text, which no model here sees" if columns else ""
+
+
 def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = False) -> str:
     """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known, if
     they are known; rewarded as for row_reader."""
@@ -645,6 +690,11 @@ def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = 
         return example.fault
     if question["role"] == "system" or not question["content"].strip():
         return "no question"
+    if question["role"] != "user":
+        return "prompt does not end with the user's turn"
+    for message in example.messages:
+        if picture := PICTURE.search(message["content"]):
+            return f"{picture[0]} in the prompt, which no model here sees"
     if not (example.answer or rewarded):
         return "no gold answer"
     if SURROGATE.search("\n".join(texts)):

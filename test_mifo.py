@@ -18,6 +18,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import decimal
 import fnmatch
 import functools
 import html.parser
@@ -2674,6 +2675,117 @@ def test_rows_as_trl_has_them_are_read_for_reward_functions(chat_tokenizer, tmp_
     assert questions[1].row == {"prompt": "And 1/4?", "solution": None, "more": [1]}
     with pytest.raises(ValueError, match="no known layout"):
         questions_of(rows, chat_tokenizer, tmp_path)
+
+
+def test_every_type_of_number_is_a_number(chat_tokenizer, tmp_path):
+    tenths = {
+        pyarrow.float16(): np.float16(0.1), pyarrow.float32(): 0.1, pyarrow.float64(): 0.1,
+        pyarrow.decimal128(9, 3): decimal.Decimal("0.100"),
+        pyarrow.decimal256(40, 20): decimal.Decimal("0.1"),
+    }  # fmt: skip
+    wholes = {kind: np.float16(20) for kind in tenths if not pyarrow.types.is_decimal(kind)}
+    wholes |= {kind: decimal.Decimal("20.00") for kind in tenths if kind not in wholes}
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
+        wholes[getattr(pyarrow, name)()] = 20
+    for numbers, expected in ((tenths, "0.1"), (wholes, "20")):
+        for kind, number in numbers.items():
+            column = pyarrow.array([number, None], kind)
+            table = pyarrow.table({"question": ["q", "r"], "answer": column, "level": column})
+            pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
+            q = read_questions(tmp_path / "numbers.parquet", chat_tokenizer)
+            assert [(x.answer, x.level) for x in q] == [(expected, expected)], kind
+            assert q.dropped == {"no gold answer": [1]}
+    several = pyarrow.array([[0.1, 2]], pyarrow.list_(pyarrow.float32()))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"question": ["q"], "answer": several}), tmp_path / "numbers.parquet"
+    )
+    assert read_questions(tmp_path / "numbers.parquet", chat_tokenizer)[0].answer == "0.1, 2"
+    gold = pyarrow.struct({"ground_truth": pyarrow.float32()})
+    golds = pyarrow.array([{"ground_truth": 0.1}], gold)
+    table = pyarrow.table({"prompt": ["q"], "reward_model": golds})
+    pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
+    assert read_questions(tmp_path / "numbers.parquet", chat_tokenizer)[0].answer == "0.1"
+    cells = [3, 2.0, 0.1, True, None, math.nan, math.inf, 1e22]
+    cells += [decimal.Decimal(text) for text in ("NaN", "Infinity", "-0.50", "1E+3")]
+    texts = ["3", "2", "0.1", "", "", "", "", "1" + 22 * "0", "", "", "-0.5", "1000"]
+    assert [data.cell_text(cell) for cell in cells] == texts
+
+
+# fmt: off
+@pytest.mark.parametrize("name, content, text", [
+    ("rows.jsonl", [{"type": "text", "text": "1+1?"}], "1+1?"),
+    ("rows.parquet", [{"type": "text", "text": "Add"}, {"type": "text", "text": "2?"}], "Add\n2?"),
+    ("rows.jsonl", [{"text": "Add"}, {"type": "input_text", "text": "1+1?"}, "n"], "Add\n1+1?\nn"),
+])
+# fmt: on
+def test_content_in_parts_is_joined(name, content, text, chat_tokenizer, tmp_path):
+    row = openr1_row(1)
+    row["prompt"][0]["content"] = [{"type": "text", "text": "Be brief."}]
+    row["prompt"][1]["content"] = content
+    row["target"][0]["content"] = [{"type": "text", "text": "So \\boxed{2}"}]
+    (q,) = questions_of([row], chat_tokenizer, tmp_path, name)
+    asked = chat_tokenizer.decode(q.prompt)
+    assert f"system\nBe brief.<|im_end|>\n<|im_start|>user\n{text}<|im_end|>" in asked
+    assert chat_tokenizer.decode(q.demonstration) == "So \\boxed{2}<|endoftext|>"
+    (q,) = evaluation.load_questions(str(tmp_path / name), chat_tokenizer, None, "")
+    assert chat_tokenizer.decode(q.prompt) == asked
+
+
+def test_pictures_and_answers_in_the_prompt_are_refused_by_name(chat_tokenizer, tmp_path):
+    def chat(*turns):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"prompt": messages, "reward_model": {"ground_truth": "2"}}
+
+    text, image = {"type": "text", "text": "Which?"}, {"type": "image", "image": "1.png"}
+    user, reply = ("user", "1+1?"), ("assistant", "It is 2.")
+    chats = {
+        "kept": [chat(user), chat(user, reply, user), chat(user) | {"images": [], "image": None}],
+        "prompt does not end with the user's turn": [
+            chat(user, reply), chat(("system", "s"), user, reply), chat(user, ("tool", "2")),
+        ],
+        "<image> in the prompt": [
+            chat(("user", [image, text])), chat(("user", "<image>\nWhich?")),
+            chat(("user", "See <image>."), reply, user),
+        ],
+        "<image_url> in the prompt": [chat(("user", [text, {"type": "image_url", "text": None}]))],
+        "<|image_pad|> in the prompt": [chat(("user", "<|image_pad|>Which?"))],
+        "<image 1> in the prompt": [chat(("user", "In <image 1>?"))],
+        "<video> in the prompt": [chat(("user", [{"type": "video"}, text]))],
+        "images beside the text": [chat(user) | {"images": [{"bytes": "x"}]}],
+        "no question": [
+            chat(("user", [text, {"type": "dance"}])), chat(("user", [5])), chat(("user", [])),
+        ],
+    }  # fmt: skip
+    plain = {"question": "Which?", "answer": "2"}
+    plains = {
+        "kept": [plain, plain | {"image": "", "context": None}, plain | {"question": "a < image > b"}],
+        "no question": [plain | {"question": ["Which?"]}, plain | {"question": {"text": "Which?"}}],
+        "<image_1> in the prompt": [plain | {"question": "<image_1> Which?"}],
+        "<image> in the prompt": [plain | {"context": "<image>"}],
+        "image beside the text": [plain | {"image": "1.png"}],
+        "image_1 beside the text": [plain | {"image_1": {"path": "1.png"}}],
+        "context is no text": [plain | {"context": ["Let x be 1."]}],
+    }  # fmt: skip
+    for layout in (chats, plains):
+        rows = [row for part in layout.values() for row in part]
+        expected, start = {}, 0
+        for reason, part in layout.items():
+            expected[reason] = list(range(start, start + len(part)))
+            start += len(part)
+        kept = questions_of(rows, chat_tokenizer, tmp_path)
+        assert [int(q.id) for q in kept] == expected.pop("kept")
+        assert {k.partition(", which no")[0]: v for k, v in kept.dropped.items()} == expected
+        for reason in expected:
+            bench = write_rows(tmp_path / "bench.jsonl", layout[reason][:1])
+            with pytest.raises(ValueError, match=rf"bench.jsonl: line 1: {re.escape(reason)}"):
+                evaluation.load_questions(bench, chat_tokenizer, None, "")
+
+
+def test_the_target_is_the_experts_turn(chat_tokenizer, tmp_path):
+    row = openr1_row(1)
+    row["target"] = [{"role": "user", "content": "1+1?"}, *row["target"]]
+    (q,) = questions_of([row], chat_tokenizer, tmp_path)
+    assert chat_tokenizer.decode(q.demonstration).startswith("<think>\nAdd 1")
 
 
 def test_texts_far_too_long_are_not_tokenised(chat_tokenizer, tmp_path):

@@ -449,6 +449,17 @@ MUTANTS = {
             ("(seed * 1_000_003 + epoch) % 2**63", "seed * 1_000_003 + epoch"),
             ("torch.manual_seed(seed % 2**63)", "torch.manual_seed(seed)"),
         ]),
+        ("type_of_number or in_parts or pictures_and or experts_turn", [
+            ("name: as_stored(cell, features[name])", "name: cell"),
+            ("[as_stored(part, feature.feature) for part in cell]", "cell"),
+            ("return {name: as_stored(part, feature[name])", "return {name: part"),
+            ('text.rstrip("0").rstrip(".") if', 'text.rstrip(".") if'),
+            ("isinstance(value, (float, Decimal)) and", "isinstance(value, float) and"),
+            ('if question["role"] != "user":', "if False:"),
+            ('target[-1]["content"] if target', 'target[0]["content"] if target'),
+            ("if PICTURES.fullmatch(name) and value]", "if PICTURES.fullmatch(name)]"),
+            ('return "\\n".join(texts)\n\n\ndef prompt_messages', 'return "".join(texts)\n\n\ndef prompt_messages'),
+        ]),
     ],
     "rollout.py": [
         ("test_pick", [

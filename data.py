@@ -222,7 +222,12 @@ def prompt_text(
                 f"the tokenizer's chat template refuses the prompt ({error}); "
                 "use --template plain, or --system '' if it is the system prompt"
             ) from None
-    return text if text.endswith(generation_prefix) else text + generation_prefix
+    if text.endswith(generation_prefix):
+        return text
+    opening = generation_prefix.strip()
+    if opening and text.rstrip().endswith(opening):  # the template has other white space after it
+        return text.rstrip() + generation_prefix[len(generation_prefix.rstrip()) :]
+    return text + generation_prefix
 
 
 def render_prompt(
@@ -240,9 +245,10 @@ def render_prompt(
     system: None keeps the data's own system prompt, "" drops it (the chat template may then put
     its own default, as Qwen's do), any other text takes its place.
     generation_prefix ends the prompt (`<think>\\n`), once: nothing is added if the chat template
-    writes it already.
+    writes it already, up to white space.
     A chat template writes its own begin-of-text token; a plain prompt gets one if the tokenizer
     adds it by default.
+    Raises ValueError if the template does not take the question.
     """
     text = prompt_text(tokenizer, question, system, generation_prefix, template)
     return begin_of_text(tokenizer, template) + encode(tokenizer, [text])[0]
@@ -261,21 +267,29 @@ def asked(
     return prompt_messages(question, system)
 
 
-def response_text(tokenizer, solution: str, prompt: str, generation_prefix: str = "") -> str:
-    """The solution less what ends the prompt already (generation_prefix or `<think>\\n`), and less
-    a last end-of-text token.
+TAG = re.compile(r"[<\[◁][^<>\[\]◁▷\s]+[>\]▷]$")  # <think>, [THINK], <|assistant|>
+
+
+def response_text(
+    tokenizer, solution: str, prompt: str, generation_prefix: str = "", eos_ids: Iterable[int] = ()
+) -> str:
+    """The solution less what ends the prompt already (generation_prefix, or a tag as `<think>`), up
+    to white space, and less the end-of-text tokens at its end.
 
     It is tokenised apart from the prompt: the policy, too, goes on from the prompt's own tokens, so
     no token may reach over the seam. (Hence also the plain template's newline: a response's first
     word then needs no space before it.)
     """
-    for prefix in (generation_prefix, "<think>\n"):
-        if prefix and prompt.endswith(prefix) and solution.startswith(prefix):
-            solution = solution[len(prefix) :]
+    before, begun = prompt.rstrip(), solution.lstrip()
+    blank = prompt[len(before) :]
+    for opening in (generation_prefix.strip(), *TAG.findall(before)):
+        if opening and before.endswith(opening) and begun.startswith(opening):
+            rest = begun.removeprefix(opening)
+            solution = rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()
             break
-    ended = solution.rstrip()
-    if ended.endswith(tokenizer.eos_token):
-        return ended.removesuffix(tokenizer.eos_token)
+    ends = {tokenizer.eos_token, *(decode(tokenizer, [end]) for end in eos_ids)} - {""}
+    while found := [end for end in ends if solution.rstrip().endswith(end)]:
+        solution = solution.rstrip().removesuffix(found[0])
     return solution
 
 
@@ -298,6 +312,30 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     backend.no_truncation()
     backend.no_padding()
     return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def going_on(tokenizer):
+    """The tokenizer for text that goes on from a prompt.
+
+    Some tokenizers put a blank before all that they encode, and no sample begins with it: by a byte
+    level's add_prefix_space, Metaspace's prepend_scheme, or Prepend, as Llama's.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer
+    written = tokenizer.backend_tokenizer.to_str()
+    bare = written.replace('"add_prefix_space":true', '"add_prefix_space":false')
+    bare = re.sub('"prepend_scheme":"(always|first)"', '"prepend_scheme":"never"', bare)
+    bare = bare.replace('"prepend":"\u2581"', '"prepend":""')
+    if bare == written:
+        return tokenizer
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bare)
+    )
+
+
+def decode(tokenizer, tokens: list[int]) -> str:
+    """The text of tokens, special ones included."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -782,6 +820,7 @@ def load_questions(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    eos_ids: Iterable[int] = (),
     split: str = "",
     config: str = "",
     revision: str = "",
@@ -792,8 +831,9 @@ def load_questions(
 
     max_prompt and max_response are in tokens, end-of-text included. checker is an eval.Checker;
     without it no answer is verified. rewarded: reward functions judge, so that a row needs no
-    answer, and a question comes with its row. A row is dropped for whatever is wrong with it, its
-    demonstration included; a row that has no demonstration is kept.
+    answer, and a question comes with its row. eos_ids: what ends a response beside the tokenizer's
+    eos_token. A row is dropped for whatever is wrong with it, its demonstration included; a row
+    that has no demonstration is kept.
     The first load tokenises and checks every row; later ones read the outcome from cache_dir,
     where its name is a digest of the data, the tokenizer, the settings and this file's text. On
     many ranks load on rank 0, wait, then load on the others with the same arguments.
@@ -806,11 +846,14 @@ def load_questions(
     rows = load_rows(source, split, config, revision, cache_dir)
     read = row_reader(rows, question_field, answer_field, solution_field, rewarded)
     style = (system, generation_prefix, template)
+    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
+    continued = going_on(tokenizer)
     key = digest(
         rows.table._fingerprint,
         (question_field, answer_field, solution_field),
         tokenizer_state(tokenizer),
         style,
+        eos_ids,
         (max_prompt, max_response),
         Path(__file__).read_bytes(),
         checker_state(checker),
@@ -820,7 +863,17 @@ def load_questions(
 
     def prepare_batch(batch, indices) -> pyarrow.Table:
         examples = [read(index, row) for index, row in rows.decode(batch, indices)]
-        prepare(examples, tokenizer, checker, max_prompt, max_response, style, rewarded)
+        prepare(
+            examples,
+            tokenizer,
+            continued,
+            checker,
+            max_prompt,
+            max_response,
+            style,
+            eos_ids,
+            rewarded,
+        )
         outcome = []
         for example in examples:
             if example.fault:
@@ -872,10 +925,12 @@ def known_kinds(checker) -> tuple[str, ...]:
 def prepare(
     examples: list[Example],
     tokenizer,
+    continued,
     checker,
     max_prompt: int,
     max_response: int,
     style: tuple,
+    eos_ids: list[int],
     rewarded: bool = False,
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
@@ -897,13 +952,15 @@ def prepare(
             example.prompt = before + tokens
 
     shown = [(e, prompt) for e, prompt in zip(good, prompts) if e.solution and not e.fault]
-    solutions = [response_text(tokenizer, e.solution, p, generation_prefix) for e, p in shown]
-    encoded = encode_within(tokenizer, solutions, max_response - 1)
-    for (example, _), solution, tokens in zip(shown, solutions, encoded):
-        if tokenizer.eos_token in solution:
-            example.fault = "demonstration holds the end-of-text token"
-        elif tokens is None:
+    solutions = [
+        response_text(tokenizer, e.solution, p, generation_prefix, eos_ids) for e, p in shown
+    ]
+    encoded = encode_within(continued, solutions, max_response - 1)
+    for (example, _), tokens in zip(shown, encoded):
+        if tokens is None:
             example.fault = "demonstration too long"
+        elif not set(eos_ids).isdisjoint(tokens):
+            example.fault = "demonstration holds the end-of-text token"
         else:
             example.demonstration = tokens + [tokenizer.eos_token_id]
 

@@ -1343,6 +1343,11 @@ def eos_ids(model: str, tokenizer) -> list[int]:
     return sorted((ids | set(named if isinstance(named, list) else [named])) - {None})
 
 
+def line_breaks(text: str) -> str:
+    r"""A flag's text as it is meant: no shell makes a line break of the \n in '<think>\n'."""
+    return text.replace(r"\n", "\n")
+
+
 def checker_workers(world: int) -> int:
     return min(8, max(1, (os.cpu_count() or 1) // world))
 
@@ -1424,7 +1429,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="system message, as 'Reason step by step, and put your final answer in "
         r"\boxed{}.'; default: none, or the chat template's own",
     )
-    add("--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'")
+    prefix = r"ends each prompt, as '<think>\n'"
+    add("--generation-prefix", default="", type=line_breaks, help=prefix)
     add("--sampler", choices=("auto", "vllm", "torch"), default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"

@@ -534,7 +534,7 @@ class Config(Settings):
         DATA, "auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
     system: str = option(DATA, "data", "system prompt: a text; data: as the data has it; none: dropped")
     generation_prefix: str = option(
-        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
+        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it, as '<think>\\n'")
     reward: str = option(
         DATA, "", "reward functions in the checker's place, FILE.py:NAME, several by commas, called as TRL does")
     reward_weights: str = option(DATA, "", "of several reward functions, by commas; empty: 1 each")
@@ -1170,10 +1170,7 @@ def token_texts(tokenizer, tokens: list[int]) -> list[str]:
       bytes of "né" by three tokens  n, C3, A9 -> ["n", "·", "é"]
     """
 
-    def decode(start: int, end: int) -> str:
-        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(tokens[start:end], **plain)
-
+    decode = lambda start, end: data.decode(tokenizer, tokens[start:end])
     texts, start, done = [], 0, 0  # text is shown up to `done`; `start` gives it its left neighbour
     for end in range(1, len(tokens) + 1):
         text = decode(start, end)[len(decode(start, done)) :]
@@ -2014,7 +2011,8 @@ def set_up(cfg: Config) -> Run:
     model_dir, config, tokenizer, config_edits = open_model(cfg, rank)
     workers = evaluation.checker_workers(world)
     checker = evaluation.Checker(workers, cfg.check_limit, cfg.extract, cfg.require_think)
-    questions, benches = load_data(cfg, rank, tokenizer, checker)
+    eos_ids = evaluation.eos_ids(model_dir, tokenizer)
+    questions, benches = load_data(cfg, rank, tokenizer, checker, eos_ids)
     try_rewards(rewards, questions, benches, tokenizer)
 
     demonstrated = data.demonstrated(questions)
@@ -2042,7 +2040,7 @@ def set_up(cfg: Config) -> Run:
             model_dir,
             max_len=cfg.max_prompt + cfg.max_response,
             dtype=dtype,
-            eos_ids=evaluation.eos_ids(model_dir, tokenizer),
+            eos_ids=eos_ids,
             seed=cfg.seed,
             max_num_seqs=cfg.max_num_seqs,
             kv_cache_gib=cfg.kv_cache_gib,
@@ -2175,8 +2173,11 @@ def edit_config(cfg: Config, config) -> dict:
     return edits
 
 
-def load_data(cfg: Config, rank: int, tokenizer, checker):
-    """The questions to train on, and those of each benchmark to evaluate on."""
+def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int]):
+    """The questions to train on, and those of each benchmark to evaluate on.
+
+    eos_ids: what ends a response.
+    """
     system = {"data": None, "none": ""}.get(cfg.system, cfg.system)
     if not cfg.data:
         questions = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
@@ -2196,6 +2197,7 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     system=system,
                     generation_prefix=cfg.generation_prefix,
                     template=cfg.template,
+                    eos_ids=eos_ids,
                     split=cfg.split,
                     config=cfg.data_config,
                     revision=cfg.revision,
@@ -2258,19 +2260,16 @@ def dry_run(cfg: Config) -> str:
         model_dir, config, tokenizer, _ = open_model(cfg, 0)
         limits = (cfg.check_limit, cfg.extract, cfg.require_think)
         with evaluation.Checker(evaluation.checker_workers(1), *limits) as checker:
-            questions, benches = load_data(cfg, 0, tokenizer, checker)
+            eos_ids = evaluation.eos_ids(model_dir, tokenizer)
+            questions, benches = load_data(cfg, 0, tokenizer, checker, eos_ids)
         rewards = try_rewards(reward_functions(cfg), questions, benches, tokenizer)
     finally:
         dist.destroy_process_group()
 
-    def text(ids: list[int]) -> str:
-        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(ids, **plain)
-
     indices = data.demonstrated(questions)
     question = shown(questions)
-    response = question.demonstration or []
-    ends = " or ".join(repr(text([i])) for i in evaluation.eos_ids(model_dir, tokenizer))
+    prompt, response = question.prompt, question.demonstration or []
+    ends = " or ".join(repr(data.decode(tokenizer, [i])) for i in eos_ids)
     found = questions.report() if cfg.data else f"{len(questions)} questions"
     problem = "asked for" if cfg.sampler == "torch" else rollout.vllm_problem()
     template = "with" if tokenizer.chat_template else "without"
@@ -2298,9 +2297,9 @@ def dry_run(cfg: Config) -> str:
             *judged,
             "",
             f"the first question{' that has a demonstration' if indices else ''}: gold answer "
-            f"{question.answer!r}, prompt of {len(question.prompt):,} tokens, response of "
+            f"{question.answer!r}, prompt of {len(prompt):,} tokens, response of "
             f"{len(response):,}; they meet at <<<|>>>",
-            f"{text(question.prompt)}<<<|>>>{text(response)}",
+            f"{data.decode(tokenizer, prompt)}<<<|>>>{data.decode(tokenizer, response)}",
             "",
             "dry run: all is in place; nothing was trained",
         ]
@@ -2324,6 +2323,7 @@ def parse_config(argv: list[str]) -> Config:
         except ValueError as error:
             raise ValueError(f"--recipe {recipe}: {error}") from None
     cfg = Config(**{**values, **flags, "recipe": recipe})
+    cfg.generation_prefix = evaluation.line_breaks(cfg.generation_prefix)
     check_config(cfg, int(os.environ["WORLD_SIZE"]))
     return cfg
 

@@ -2226,6 +2226,103 @@ def test_prefix_stands_once_and_in_the_prompt_alone(chat_tokenizer, tmp_path):
     assert gsm8k.startswith("She has")
 
 
+# fmt: off
+@pytest.mark.parametrize("template, prefix, solution, prompt, response", [
+    # What the chat template writes last, the flag, the solution; both ends as they must meet.
+    ("<think>\n", "", "\n<think>\nA", "<think>\n", "A"),
+    ("<think>\n", "", "<think>A", "<think>\n", "A"),
+    ("<think>\n", "", " \n<think>  A", "<think>\n", "A"),
+    ("<think>\n", "", "<think>\n\nA", "<think>\n", "\nA"),
+    ("<think>", "", "<think>\nA", "<think>", "\nA"),
+    ("<think>\n", "", "\nA <think>", "<think>\n", "\nA <think>"),
+    ("<think>\n", "", "<thinking>A", "<think>\n", "<thinking>A"),
+    ("", "<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("<think>", "<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("<think>\n", "<think>", "<think>A", "assistant\n<think>", "A"),
+    ("<think>\n\n", "\n<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("[THINK]", "", "[THINK]A", "[THINK]", "A"),
+    ("<|helper|>\n", "", "<|helper|>\nA", "<|helper|>\n", "A"),
+    ("", "So: ", "So: A", "So: ", "A"),
+    ("", "So: ", "So:\nA", "So: ", "A"),
+])
+# fmt: on
+def test_what_opens_a_response_stands_in_the_prompt_alone(
+    template, prefix, solution, prompt, response, tmp_path
+):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n" + template)
+    rows = [{"question": "Why?", "answer": "5", "solution": solution}]
+    (q,) = questions_of(rows, tokenizer, tmp_path, generation_prefix=prefix)
+    whole = tokenizer.decode(q.prompt)
+    assert whole.endswith(prompt) and tokenizer.decode(q.demonstration) == response + "<|endoftext|>"
+    assert whole.count("<think>") == ("<think>" in prompt)
+
+
+def seam_tokenizer(name):
+    """Tokenizers that put a blank before a text, as add_prefix_space, Metaspace or Llama's do."""
+    unigram = models.Unigram([("<unk>", 0.0), ("\u2581", -2.0)], unk_id=0, byte_fallback=False)
+    raw = Tokenizer(unigram if name == "unigram" else models.BPE(unk_token="<unk>"))
+    scheme = name if name in ("always", "first") else "always"
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    if name == "byte level":
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        raw.decoder = decoders.ByteLevel()
+    if name == "llama":
+        blank = tokenizers.normalizers.Replace(" ", "\u2581")
+        steps = [tokenizers.normalizers.Prepend("\u2581"), blank]
+        raw.normalizer, raw.pre_tokenizer = tokenizers.normalizers.Sequence(steps), None
+        steps = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        raw.decoder = decoders.Sequence(steps)
+    kind = trainers.UnigramTrainer if name == "unigram" else trainers.BpeTrainer
+    more = {"unk_token": "<unk>"} if name == "unigram" else {}
+    trainer = kind(
+        vocab_size=300,
+        special_tokens=["<unk>", "</s>", "<|user|>", "<|helper|>"],
+        show_progress=False,
+        **more,
+    )
+    texts = [*SEAM_TEXTS, *(row["problem"] + row["solution"] for row in MATH_ROWS)]
+    raw.train_from_iterator(["Question: q\nAnswer:\n", *texts] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+
+
+BLANKS = ("\u2581", "\u0120")  # as Metaspace and byte-level tokens write them
+SEAM_TEXTS = ["She adds 2 and 3.", "= 5", "\n\nShe adds", " She", "a=0", "0", "\n=a0", "\\boxed{5}"]
+
+
+@pytest.mark.parametrize("name", ["byte level", "always", "first", "llama", "unigram"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_demonstration_begins_as_a_sample_would(name, chat, tmp_path):
+    """Against the tokens of prompt and demonstration as one text, less those of the prompt."""
+    tokenizer = seam_tokenizer(name)
+    if chat:
+        tokenizer.chat_template = "<|user|>{{ messages[-1]['content'] }}<|helper|>x"
+    rows = [{"question": "q", "answer": "5", "solution": text} for text in SEAM_TEXTS]
+    questions = questions_of(rows, tokenizer, tmp_path)
+    assert len(questions) == len(SEAM_TEXTS)
+    first_token = lambda tokens: tokenizer.convert_ids_to_tokens(tokens[0])
+    assert first_token(data.encode(tokenizer, ["She"])[0]).startswith(BLANKS)
+    compared = 0
+    for text, q in zip(SEAM_TEXTS, questions):
+        response = q.demonstration[:-1]
+        assert tokenizer.decode(q.prompt + response).endswith(text)
+        assert first_token(response).startswith(BLANKS) == (text[0] == " ")
+        [together] = data.encode(tokenizer, [data.prompt_text(tokenizer, "q") + text])
+        if together[: len(q.prompt)] == q.prompt:  # no token reaches over the seam
+            assert response == together[len(q.prompt) :]
+            compared += 1
+    assert compared >= 5
+
+
+def test_a_tokenizer_that_adds_no_blank_encodes_as_before(chat_tokenizer):
+    texts = ["She", " She", "\n=a0", "", "\u20ac", "<|im_end|>x"]
+    for tokenizer in (chat_tokenizer, bpe_tokenizer(bos=True)):
+        assert data.encode(data.going_on(tokenizer), texts) == data.encode(tokenizer, texts)
+    embedded = data.embedded_tokenizer()
+    assert data.going_on(embedded) is embedded
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_special_tokens_stand_where_they_must_and_once(chat, tmp_path):
     tokenizer = bpe_tokenizer(chat, bos=True)
@@ -2245,6 +2342,16 @@ def test_special_tokens_stand_where_they_must_and_once(chat, tmp_path):
         response = tokenizer.decode(x.demonstration)
         assert tokenizer.decode(x.prompt).endswith("<think>\n") and "<think>" not in response
         assert response.startswith("Add ")
+    # The generation config may end responses by other tokens as well.
+    rows[1]["target"][0]["content"] += "<|im_end|>\n"
+    rows[2]["target"][0]["content"] = "<think>\nA<|im_end|>B\n</think>\n\\boxed{4}"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for eos_ids, holding in (([], [1, 3]), ([end], [2, 3]), ([10**6, end, eos], [2, 3])):
+        q = questions_of(rows, tokenizer, tmp_path, eos_ids=eos_ids)
+        assert q.dropped == {"demonstration holds the end-of-text token": holding}
+        for x in q:
+            assert x.demonstration.count(eos) == 1 and x.demonstration[-1] == eos
+            assert end not in x.demonstration or not eos_ids
     tokenizer = bpe_tokenizer(chat)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
@@ -7512,6 +7619,22 @@ def test_only_settings_other_than_the_defaults_are_shown():
     text = mifo.settings(mifo.Config(rho=0.5, out="a b"))
     assert text == "settings other than the defaults: rho 0.5, out 'a b'"
     assert mifo.settings(mifo.Config()).endswith("defaults: none")
+
+
+def test_line_breaks_may_be_typed_as_the_help_shows_them(monkeypatch, tmp_path, capsys):
+    typed = re.search(r"as '(<think>[^']*)'", mifo.make_parser().format_help())[1]
+    again = re.search(r"as '(<think>[^']*)'", evaluation.evaluate_parser().format_help())[1]
+    assert typed == again == "<think>\\n"
+    (tmp_path / "r.toml").write_text(
+        "generation_prefix = '<think>\\n'\nmodel = 'm/m'\ndata = 'd/d'"
+    )
+    for argv in (["--model=m/m", "--data=d/d", "--generation-prefix", typed], []):
+        recipe = [f"--recipe={tmp_path / 'r.toml'}"] if not argv else []
+        assert recipe_config(monkeypatch, *argv, *recipe).generation_prefix == "<think>\n"
+    args = ["m", "--bench", "b", "--generation-prefix", typed]
+    assert evaluation.evaluate_parser().parse_args(args).generation_prefix == "<think>\n"
+    commands = (ROOT / "recipes" / "README.md").read_text()
+    assert f"--generation-prefix '{typed}'" in commands
 
 
 def test_numbers_may_be_negative_or_infinite(monkeypatch):

@@ -449,6 +449,21 @@ MUTANTS = {
             ("(seed * 1_000_003 + epoch) % 2**63", "seed * 1_000_003 + epoch"),
             ("torch.manual_seed(seed % 2**63)", "torch.manual_seed(seed)"),
         ]),
+        ("opens_a_response or special_tokens", [
+            ("before, begun = prompt.rstrip(), solution.lstrip()", "before, begun = prompt, solution"),
+            ("rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()", "rest.lstrip()"),
+            ("rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()", "rest"),
+            ("if opening and text.rstrip().endswith(opening):", "if False:"),
+            ("elif not set(eos_ids).isdisjoint(tokens):", "elif tokenizer.eos_token_id in tokens:"),
+            ("*(decode(tokenizer, [end]) for end in eos_ids)", ""),
+        ]),
+        ("begins_as_a_sample", [
+            ("encode_within(continued, solutions", "encode_within(tokenizer, solutions"),
+            ('"(always|first)"', '"(always)"'),
+            ('"(always|first)"', '"(first)"'),
+            ("""'"prepend":""')""", """'"prepend":"\u2581"')"""),
+            ("""'"add_prefix_space":false')""", """'"add_prefix_space":true')"""),
+        ]),
         ("type_of_number or in_parts or pictures_and or experts_turn", [
             ("name: as_stored(cell, features[name])", "name: cell"),
             ("[as_stored(part, feature.feature) for part in cell]", "cell"),

@@ -613,6 +613,7 @@ class Run:
     model_dir: str  # of the initial model
     model_config: object
     tokenizer: object
+    eos_ids: list[int]  # what ends a response
     pad_id: int
     questions: typing.Sequence[data.Question]
     demonstrated: set[int]  # questions whose demonstrations may be learnt
@@ -1833,11 +1834,7 @@ def save_checkpoint(run: Run) -> None:
         whole = {name: tensor.cpu() for name, tensor in weights if run.rank == 0}
         with together(run):
             if run.rank == 0:
-                run.policy.model.save_pretrained(part / "model", state_dict=whole)
-                model_config = run.policy.model.config
-                model_config.dtype = run.dtype  # that says float32, as the weights in training are
-                model_config.save_pretrained(part / "model")
-                run.tokenizer.save_pretrained(part / "model")
+                save_model(run, part / "model", whole)
                 state = {"state": asdict(run.state), "config": asdict(cfg)}
                 state["data"] = getattr(run.questions, "fingerprint", "")
                 (part / "state.json").write_text(json.dumps(state))
@@ -1857,6 +1854,23 @@ def save_checkpoint(run: Run) -> None:
                 part.rename(folder)
                 sync(folder.parent)
                 remove_old(cfg, run.state)
+
+
+def save_model(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
+    """The model as transformers and vLLM load it: these weights, and all else as in training."""
+    model, tokenizer = run.policy.model, run.tokenizer
+    generation = model.generation_config
+    model.generation_config = transformers.GenerationConfig()  # as it came, it may be refused
+    model.save_pretrained(folder, state_dict=weights)
+    model.generation_config = generation
+    generation.eos_token_id = run.eos_ids
+    generation._from_model_config = False  # or transformers would make it anew
+    generation.to_json_file(folder / "generation_config.json")
+    model.config.dtype = run.dtype  # save_pretrained writes that of the trainer's weights
+    model.config.save_pretrained(folder)
+    longest = max(tokenizer.model_max_length, run.cfg.max_position_embeddings)
+    tokenizer.model_max_length = longest  # vLLM takes no longer texts
+    tokenizer.save_pretrained(folder)
 
 
 def remove_old(cfg: Config, state: State) -> None:
@@ -2070,6 +2084,7 @@ def set_up(cfg: Config) -> Run:
         model_dir=model_dir,
         model_config=config,
         tokenizer=tokenizer,
+        eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id or 0,
         questions=questions,
         demonstrated=set(demonstrated) - set(holdout),

@@ -45,6 +45,7 @@ import traceback
 import types
 import typing
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -6283,6 +6284,89 @@ def test_killed_and_resumed_through_vllm(vllm_folder):
 
 def test_killed_and_resumed_on_two_ranks(tmp_path):
     check_kill_and_resume(tmp_path, 2)
+
+
+# fmt: off
+@pytest.mark.parametrize("generation, ends, dtype", [
+    # generation_config.json (None: absent), and what then ends a response beside token 1
+    ({"eos_token_id": 9}, [1, 9], torch.bfloat16),
+    ({"eos_token_id": [9, 4], "do_sample": True, "top_k": 20}, [1, 4, 9], torch.float32),
+    ({"eos_token_id": [1], "pad_token_id": 1}, [1], torch.bfloat16),
+    ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 9, "pad_token_id": -1}, [1, 9], torch.float32),
+    ({"eos_token_id": None, "_from_model_config": True}, [1], torch.float32),
+    (None, [1], torch.bfloat16),
+])
+# fmt: on
+def test_an_exported_model_is_what_training_used(generation, ends, dtype, tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.eos_token, tokenizer.model_max_length = "<|im_start|>", 64  # token 1
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_model(source, 3, tokenizer)
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": 7}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").unlink()
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    edited = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    edited["max_position_embeddings"] = 512
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **edited)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    run = types.SimpleNamespace(
+        policy=mifo.Policy(model),
+        tokenizer=tokenizer,
+        eos_ids=evaluation.eos_ids(str(source), tokenizer),
+        dtype=dtype,
+        cfg=mifo.Config(max_position_embeddings=512),
+    )
+    assert run.eos_ids == ends
+    weights = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    for _ in range(2):  # a run saves more than once
+        mifo.save_model(run, out, weights)
+    assert model.dtype == torch.float32
+    config, written = (json.loads((out / f"{x}config.json").read_text()) for x in ("", "generation_"))
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert config["max_position_embeddings"] == 512
+    assert config["rope_parameters"]["rope_theta"] == 5e4
+    assert evaluation.eos_ids(str(out), tokenizer) == written["eos_token_id"] == ends
+    assert not written.get("_from_model_config")  # else transformers makes it anew
+    kept = {k: v for k, v in (generation or {}).items() if k != "eos_token_id" and k[0] != "_"}
+    assert kept.items() <= written.items()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert loaded.dtype == dtype and loaded.config.max_position_embeddings == 512
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, weights[name])
+    other = transformers.AutoTokenizer.from_pretrained(out)
+    assert data.tokenizer_state(other) == data.tokenizer_state(tokenizer)
+    assert other.chat_template == CHAT_TEMPLATE and other.model_max_length == 512
+    check_vllms_reading(out, ends)
+    if len(ends) < 3:
+        return
+    torch.manual_seed(0)
+    asked = {"do_sample": True, "max_new_tokens": 99, "temperature": 3.0, "top_k": 0}
+    rows = loaded.generate(torch.full((64, 1), 5), pad_token_id=0, **asked)[:, 1:].tolist()
+    last = Counter()
+    for row in rows:
+        stops = [i for i, token in enumerate(row) if token in ends]
+        if stops:
+            last[row[stops[0]]] += 1
+            assert set(row[stops[0] + 1 :]) <= {0}
+    assert set(last) == set(ends)
+
+
+def check_vllms_reading(folder: Path, ends: list[int]) -> None:
+    """What vllm.LLM(folder) takes from the files, without starting an engine."""
+    if rollout.vllm_problem():
+        return
+    import vllm
+    from vllm.config import ModelConfig
+
+    known = vllm.ModelRegistry.models["Qwen2ForCausalLM"]
+    vllm.ModelRegistry.register_model("Qwen2ForCausalLM", known.load_model_cls())
+    config = ModelConfig(str(folder))
+    assert config.max_model_len == 512
+    params = vllm.SamplingParams()
+    params.update_from_generation_config(config.try_get_generation_config(), ends[0])
+    assert sorted({ends[0], *params.stop_token_ids}) == ends
 
 
 def resume_elsewhere(source: Path, out: Path) -> Path:

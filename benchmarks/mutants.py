@@ -388,7 +388,7 @@ MUTANTS = {
             ("        run.behavior = None", "        pass"),
         ]),
         ("names_the_type or memory_is_returned", [
-            ("model_config.dtype = run.dtype", "pass"),
+            ("model.config.dtype = run.dtype", "pass"),
             ("            torch.cuda.empty_cache()", "            pass"),
             ("if not run.optimizers[which].state:", "if True:"),
         ]),
@@ -416,6 +416,12 @@ MUTANTS = {
             ("1, [run.cfg.seed % 2**63], limit", "1, [run.cfg.seed], limit"),
             ("manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)",
              "manual_seed(cfg.seed * 1_000_003 + rank)"),
+        ]),
+        ("exported_model", [
+            ("    generation.eos_token_id = run.eos_ids", "    pass"),
+            ("    generation._from_model_config = False", "    pass"),
+            ("model.generation_config = transformers.GenerationConfig()", "pass"),
+            ("    tokenizer.model_max_length = longest", "    pass"),
         ]),
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),

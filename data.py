@@ -6,6 +6,7 @@ pairs = [(questions[i].prompt, questions[i].demonstration) for i in demonstrated
 batch = collate(pairs[:8], tokenizer.pad_token_id)
 """
 
+import datetime
 import glob
 import hashlib
 import importlib.metadata
@@ -202,6 +203,7 @@ def prompt_text(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> str:
     """The prompt as text. question is text or chat messages; the rest as for render_prompt."""
     if template not in ("auto", "chat", "plain"):
@@ -213,9 +215,10 @@ def prompt_text(
         before = "".join(message["content"] + "\n\n" for message in messages[:-1])
         text = f"{before}Question: {messages[-1]['content']}\nAnswer:\n"
     else:
+        clock = today or datetime.date.today()
         try:
             text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False, strftime_now=clock.strftime
             )
         except jinja2.TemplateError as error:
             raise ValueError(
@@ -236,6 +239,7 @@ def render_prompt(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> list[int]:
     """The prompt's token ids, exactly as the model sees them.
 
@@ -246,11 +250,12 @@ def render_prompt(
     its own default, as Qwen's do), any other text takes its place.
     generation_prefix ends the prompt (`<think>\\n`), once: nothing is added if the chat template
     writes it already, up to white space.
+    today is what a chat template that writes the date takes it from; None: the clock.
     A chat template writes its own begin-of-text token; a plain prompt gets one if the tokenizer
     adds it by default.
     Raises ValueError if the template does not take the question.
     """
-    text = prompt_text(tokenizer, question, system, generation_prefix, template)
+    text = prompt_text(tokenizer, question, system, generation_prefix, template, today)
     return begin_of_text(tokenizer, template) + encode(tokenizer, [text])[0]
 
 
@@ -260,6 +265,7 @@ def asked(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> list[dict] | str:
     """The prompt as reward functions get it: chat messages, or text without a chat template."""
     if template == "plain" or not tokenizer.chat_template:
@@ -820,6 +826,7 @@ def load_questions(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
     eos_ids: Iterable[int] = (),
     split: str = "",
     config: str = "",
@@ -845,14 +852,16 @@ def load_questions(
         )
     rows = load_rows(source, split, config, revision, cache_dir)
     read = row_reader(rows, question_field, answer_field, solution_field, rewarded)
-    style = (system, generation_prefix, template)
+    today = today or datetime.date.today()
+    style = (system, generation_prefix, template, today)
+    writes_date = "strftime_now" in str(tokenizer.chat_template)
     eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
     continued = going_on(tokenizer)
     key = digest(
         rows.table._fingerprint,
         (question_field, answer_field, solution_field),
         tokenizer_state(tokenizer),
-        style,
+        style if writes_date else style[:-1],
         eos_ids,
         (max_prompt, max_response),
         Path(__file__).read_bytes(),
@@ -934,7 +943,7 @@ def prepare(
     rewarded: bool = False,
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
-    _, generation_prefix, template = style
+    _, generation_prefix, template, _ = style
     for example in examples:
         example.fault = example_fault(example, known_kinds(checker), rewarded)
         number = example.kind == "number" and not rewarded

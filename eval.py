@@ -1023,15 +1023,23 @@ CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
 
 
 def load_questions(
-    name: str, tokenizer, system: str | None, generation_prefix: str, rewarded: bool = False
+    name: str,
+    tokenizer,
+    system: str | None,
+    generation_prefix: str,
+    rewarded: bool = False,
+    **style,
 ) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
+
+    system, generation_prefix and style (template, today) are those of data.render_prompt.
 
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
     cannot be used is an error. rewarded: for reward functions, as in data.load_questions.
     """
     import data
 
+    style |= {"system": system, "generation_prefix": generation_prefix}
     if name == "chain":
         questions = data.embedded_questions(tokenizer, "eval", data.EVAL_TERMS, CHAINS)
         for i, question in enumerate(questions):
@@ -1055,9 +1063,7 @@ def load_questions(
         questions.append(
             data.Question(
                 id=f"{Path(name).name}/{len(questions)}",
-                prompt=data.render_prompt(
-                    tokenizer, example.messages, system=system, generation_prefix=generation_prefix
-                ),
+                prompt=data.render_prompt(tokenizer, example.messages, **style),
                 answer=example.answer,
                 demonstration=None,
                 level=example.level,
@@ -1066,7 +1072,7 @@ def load_questions(
         )
         if rewarded:
             questions[-1].row = rows.row(index)
-            questions[-1].asked = data.asked(tokenizer, example.messages, system, generation_prefix)
+            questions[-1].asked = data.asked(tokenizer, example.messages, **style)
     return questions
 
 
@@ -1188,10 +1194,17 @@ def check_evaluation(args) -> Evaluation:
     check_reward_flags(args)
     rewards = load_rewards(args.reward, args.reward_weights, args.right_above)
     config, tokenizer = read_model(args.model)
+    folder = args.out or Path("evaluations") / Path(args.model).resolve().name
+    today = first_day(folder)
     benches, ks = {}, {}
     for name in names:
         benches[name] = load_questions(
-            name, tokenizer, args.system, args.generation_prefix, rewarded=rewards is not None
+            name,
+            tokenizer,
+            args.system,
+            args.generation_prefix,
+            rewarded=rewards is not None,
+            today=today,
         )
         if rewards:
             try_rewards(rewards, benches[name][0], tokenizer)
@@ -1207,8 +1220,7 @@ def check_evaluation(args) -> Evaluation:
     dtype = torch.bfloat16 if torch.cuda.is_available() else config.dtype or torch.float32
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    settings = evaluation_settings(args, benches, ks, dtype)
-    folder = args.out or Path("evaluations") / Path(settings["model"]).name
+    settings = evaluation_settings(args, benches, ks, dtype) | {"date": str(today)}
     check_folder(folder, settings)
     return Evaluation(
         args=args,
@@ -1221,6 +1233,15 @@ def check_evaluation(args) -> Evaluation:
         settings=settings,
         folder=folder,
     )
+
+
+def first_day(folder: Path) -> datetime.date:
+    """When the evaluation in the folder began: some chat templates write the date, and one that
+    goes on must have the prompts it began with."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        settings = json.loads((folder / "settings.json").read_text())
+        return datetime.date.fromisoformat(settings["date"])
+    return datetime.date.today()
 
 
 def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtype) -> dict:

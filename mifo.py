@@ -2026,7 +2026,7 @@ def set_up(cfg: Config) -> Run:
     workers = evaluation.checker_workers(world)
     checker = evaluation.Checker(workers, cfg.check_limit, cfg.extract, cfg.require_think)
     eos_ids = evaluation.eos_ids(model_dir, tokenizer)
-    questions, benches = load_data(cfg, rank, tokenizer, checker, eos_ids)
+    questions, benches = load_data(cfg, rank, tokenizer, checker, eos_ids, first_day(cfg))
     try_rewards(rewards, questions, benches, tokenizer)
 
     demonstrated = data.demonstrated(questions)
@@ -2188,10 +2188,20 @@ def edit_config(cfg: Config, config) -> dict:
     return edits
 
 
-def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int]):
+def first_day(cfg: Config) -> datetime.date:
+    """When the run in --out began: some chat templates write the date, and a run that goes on must
+    have the prompts it began with."""
+    path = Path(cfg.out, "date")
+    if os.environ["RANK"] == "0" and not (cfg.resume and path.exists()):
+        write_whole(path, str(datetime.date.today()))
+    dist.barrier()
+    return datetime.date.fromisoformat(path.read_text())
+
+
+def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], today):
     """The questions to train on, and those of each benchmark to evaluate on.
 
-    eos_ids: what ends a response.
+    eos_ids: what ends a response; today: for chat templates that write the date.
     """
     system = {"data": None, "none": ""}.get(cfg.system, cfg.system)
     if not cfg.data:
@@ -2212,6 +2222,7 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int]):
                     system=system,
                     generation_prefix=cfg.generation_prefix,
                     template=cfg.template,
+                    today=today,
                     eos_ids=eos_ids,
                     split=cfg.split,
                     config=cfg.data_config,
@@ -2237,12 +2248,16 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int]):
             f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a "
             "demonstration to learn from; lower it, or train by --schedule rl"
         )
-    names = [name for name in cfg.evaluate.split(",") if name]
-    prefix = cfg.generation_prefix
     benches = {}
-    for name in names:
+    for name in filter(None, cfg.evaluate.split(",")):
         benches[name] = evaluation.load_questions(
-            name, tokenizer, system, prefix, rewarded=bool(cfg.reward)
+            name,
+            tokenizer,
+            system,
+            cfg.generation_prefix,
+            rewarded=bool(cfg.reward),
+            template=cfg.template,
+            today=today,
         )
     return questions, benches
 
@@ -2276,7 +2291,8 @@ def dry_run(cfg: Config) -> str:
         limits = (cfg.check_limit, cfg.extract, cfg.require_think)
         with evaluation.Checker(evaluation.checker_workers(1), *limits) as checker:
             eos_ids = evaluation.eos_ids(model_dir, tokenizer)
-            questions, benches = load_data(cfg, 0, tokenizer, checker, eos_ids)
+            today = datetime.date.today()
+            questions, benches = load_data(cfg, 0, tokenizer, checker, eos_ids, today)
         rewards = try_rewards(reward_functions(cfg), questions, benches, tokenizer)
     finally:
         dist.destroy_process_group()

@@ -18,6 +18,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
 import decimal
 import fnmatch
 import functools
@@ -2259,6 +2260,44 @@ def test_what_opens_a_response_stands_in_the_prompt_alone(
     assert whole.count("<think>") == ("<think>" in prompt)
 
 
+DATED_TEMPLATE = "{{ strftime_now('%d %b %Y, %H:%M') }}\n" + CHAT_TEMPLATE
+# Llama's: the date of its release unless another is given.
+RELEASE_TEMPLATE = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{{ date_string }}\n" + CHAT_TEMPLATE
+)
+
+
+def dated_tokenizer():
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = DATED_TEMPLATE
+    return tokenizer
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls):
+        tomorrow = datetime.datetime.now() + datetime.timedelta(days=1)
+        return cls(tomorrow.year, tomorrow.month, tomorrow.day)
+
+
+def test_a_template_takes_the_date_from_the_day_given(tmp_path):
+    dated, days = dated_tokenizer(), [datetime.date(2024, 2, 29), datetime.date(2026, 1, 3)]
+    path, prints = write_rows(tmp_path / "rows.jsonl", MATH_ROWS), []
+    for day in days:
+        found = read_questions(path, dated, today=day)
+        text = dated.decode(found[0].prompt)
+        assert text.startswith(f"{day:%d %b %Y}, 00:00\n<|im_start|>")
+        prints.append(found.fingerprint)
+    assert prints[0] != prints[1]
+    assert dated.decode(data.render_prompt(dated, "q")).startswith(f"{datetime.date.today():%d %b}")
+    fixed = bpe_tokenizer()
+    fixed.chat_template = RELEASE_TEMPLATE
+    first, second = (read_questions(path, fixed, today=day) for day in days)
+    assert list(first) == list(second) and first.fingerprint == second.fingerprint
+    assert fixed.decode(first[0].prompt).startswith("26 Jul 2024\n")
+
+
 def seam_tokenizer(name):
     """Tokenizers that put a blank before a text, as add_prefix_space, Metaspace or Llama's do."""
     unigram = models.Unigram([("<unk>", 0.0), ("\u2581", -2.0)], unk_id=0, byte_fallback=False)
@@ -4037,6 +4076,23 @@ def test_a_rank_appends_after_the_last_whole_line(tmp_path):
         with evaluation.open_responses(tmp_path, 3) as file:
             file.write("c\n")
         assert path.read_text() == after + "c\n"
+
+
+def test_an_evaluation_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "model", 0, dated_tokenizer())
+    bench = write_rows(tmp_path / "bench.jsonl", [{"question": "1+1?", "answer": "2"}])
+
+    def prompt_in(out):
+        command = [str(tmp_path / "model"), "--bench", bench, "--max-tokens", "9", "--out", out]
+        found = evaluation.check_evaluation(evaluation.evaluate_parser().parse_args(command))
+        Path(out).mkdir(exist_ok=True)
+        (Path(out) / "settings.json").write_text(json.dumps(found.settings))
+        return found.benches[bench][0].prompt
+
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    first = prompt_in(one)
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert prompt_in(one) == first != prompt_in(other)
 
 
 def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys):
@@ -6367,6 +6423,44 @@ def check_vllms_reading(folder: Path, ends: list[int]) -> None:
     params = vllm.SamplingParams()
     params.update_from_generation_config(config.try_get_generation_config(), ends[0])
     assert sorted({ends[0], *params.stop_token_ids}) == ends
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    run, again = (mifo.Config(out=str(tmp_path), resume=resume) for resume in (False, True))
+    (tmp_path / "date").write_text("2024-02-29")
+    assert mifo.first_day(again) == datetime.date(2024, 2, 29)
+    assert mifo.first_day(run) == datetime.date.today() == mifo.first_day(again)
+    (tmp_path / "date").unlink()  # of a run by an older mifo.py
+    assert mifo.first_day(again) == datetime.date.today() == mifo.first_day(again)
+
+
+@case()
+def dated_prompts(folder):
+    """Of a run and of its resumption a day later: the prompts it trains and is evaluated on."""
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "0":
+        tiny_model(folder / "dated", 0, dated_tokenizer(), initializer_range=0.02)
+        write_rows(folder / "dated.jsonl", [{"question": "1+1?", "answer": "2"}])
+    dist.barrier()
+    found, rows = [], str(folder / "dated.jsonl")
+    settings = dict(model=folder / "dated", data=rows, evaluate=rows, schedule="rl", max_prompt=80)
+    for resume in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if resume or os.environ["RANK"] == "1":  # where midnight may have passed already
+                patch.setattr(datetime, "date", Tomorrow)
+            run = open_run(folder / "dated-run", resume=resume, **settings)
+        for questions in (run.questions, run.benches[rows]):
+            found.append(run.tokenizer.decode(questions[0].prompt))
+    return found
+
+
+def test_a_resumed_run_has_the_prompts_it_began_with(dated_prompts):
+    for ranks in dated_prompts.values():
+        prompts = sum(ranks, [])
+        assert len(prompts) == 4 * len(ranks) and len(set(prompts)) == 1
+        assert re.match(r"\d\d [A-Z][a-z]{2} 20\d\d, 00:00\n", prompts[0])
 
 
 def resume_elsewhere(source: Path, out: Path) -> Path:

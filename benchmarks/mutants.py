@@ -417,11 +417,13 @@ MUTANTS = {
             ("manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)",
              "manual_seed(cfg.seed * 1_000_003 + rank)"),
         ]),
-        ("exported_model", [
+        ("exported_model or keeps_the_day", [
             ("    generation.eos_token_id = run.eos_ids", "    pass"),
             ("    generation._from_model_config = False", "    pass"),
             ("model.generation_config = transformers.GenerationConfig()", "pass"),
             ("    tokenizer.model_max_length = longest", "    pass"),
+            ("not (cfg.resume and path.exists()):", "True:"),
+            ("not (cfg.resume and path.exists()):", "not path.exists():"),
         ]),
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),
@@ -462,6 +464,11 @@ MUTANTS = {
             ("if opening and text.rstrip().endswith(opening):", "if False:"),
             ("elif not set(eos_ids).isdisjoint(tokens):", "elif tokenizer.eos_token_id in tokens:"),
             ("*(decode(tokenizer, [end]) for end in eos_ids)", ""),
+        ]),
+        ("takes_the_date", [
+            ("tokenize=False, strftime_now=clock.strftime", "tokenize=False"),
+            ("style if writes_date else style[:-1]", "style[:-1]"),
+            ("style if writes_date else style[:-1]", "style"),
         ]),
         ("begins_as_a_sample", [
             ("encode_within(continued, solutions", "encode_within(tokenizer, solutions"),

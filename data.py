@@ -6,6 +6,7 @@ pairs = [(questions[i].prompt, questions[i].demonstration) for i in demonstrated
 batch = collate(pairs[:8], tokenizer.pad_token_id)
 """
 
+import datetime
 import glob
 import hashlib
 import importlib.metadata
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ def draw(length: int, seed: int, start: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, first = divmod(start + len(indices), length)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         permutation = torch.randperm(length, generator=generator).tolist()
         indices += permutation[first : first + count - len(indices)]
     return indices
@@ -149,7 +151,10 @@ def pack(lengths: list[int], budget: int, world: int) -> list[list[int]]:
 
 
 def chat_messages(value) -> list[dict]:
-    """A cell as chat messages; text alone is the user's. [] unless each has role and content."""
+    """A cell as chat messages; text alone is the user's. [] unless each has role and content.
+
+    Content in parts, as {"type": "text", "text": ...}, becomes one text (joined_parts).
+    """
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
@@ -159,10 +164,27 @@ def chat_messages(value) -> list[dict]:
         if not isinstance(message, dict):
             return []
         role, content = message.get("role"), message.get("content")
+        if isinstance(content, list):
+            content = joined_parts(content)
         if not (isinstance(role, str) and isinstance(content, str)):
             return []
         messages.append({"role": role, "content": content})
     return messages
+
+
+def joined_parts(parts: list) -> str | None:
+    """A message's parts as one text, each on a new line; of a picture `<image>` or the like stays,
+    which PICTURE finds. None if a part is neither."""
+    texts = []
+    for part in parts:
+        part = part if isinstance(part, dict) else {"text": part}
+        kind, text = f"<{part.get('type')}>", part.get("text")
+        if PICTURE.fullmatch(kind):
+            text = kind
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def prompt_messages(question: str | list[dict], system: str | None = None) -> list[dict]:
@@ -181,6 +203,7 @@ def prompt_text(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> str:
     """The prompt as text. question is text or chat messages; the rest as for render_prompt."""
     if template not in ("auto", "chat", "plain"):
@@ -192,16 +215,22 @@ def prompt_text(
         before = "".join(message["content"] + "\n\n" for message in messages[:-1])
         text = f"{before}Question: {messages[-1]['content']}\nAnswer:\n"
     else:
+        clock = today or datetime.date.today()
         try:
             text = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False
+                messages, add_generation_prompt=True, tokenize=False, strftime_now=clock.strftime
             )
         except jinja2.TemplateError as error:
             raise ValueError(
                 f"the tokenizer's chat template refuses the prompt ({error}); "
                 "use --template plain, or --system '' if it is the system prompt"
             ) from None
-    return text if text.endswith(generation_prefix) else text + generation_prefix
+    if text.endswith(generation_prefix):
+        return text
+    opening = generation_prefix.strip()
+    if opening and text.rstrip().endswith(opening):  # the template has other white space after it
+        return text.rstrip() + generation_prefix[len(generation_prefix.rstrip()) :]
+    return text + generation_prefix
 
 
 def render_prompt(
@@ -210,6 +239,7 @@ def render_prompt(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> list[int]:
     """The prompt's token ids, exactly as the model sees them.
 
@@ -219,11 +249,13 @@ def render_prompt(
     system: None keeps the data's own system prompt, "" drops it (the chat template may then put
     its own default, as Qwen's do), any other text takes its place.
     generation_prefix ends the prompt (`<think>\\n`), once: nothing is added if the chat template
-    writes it already.
+    writes it already, up to white space.
+    today is what a chat template that writes the date takes it from; None: the clock.
     A chat template writes its own begin-of-text token; a plain prompt gets one if the tokenizer
     adds it by default.
+    Raises ValueError if the template does not take the question.
     """
-    text = prompt_text(tokenizer, question, system, generation_prefix, template)
+    text = prompt_text(tokenizer, question, system, generation_prefix, template, today)
     return begin_of_text(tokenizer, template) + encode(tokenizer, [text])[0]
 
 
@@ -233,6 +265,7 @@ def asked(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
 ) -> list[dict] | str:
     """The prompt as reward functions get it: chat messages, or text without a chat template."""
     if template == "plain" or not tokenizer.chat_template:
@@ -240,21 +273,29 @@ def asked(
     return prompt_messages(question, system)
 
 
-def response_text(tokenizer, solution: str, prompt: str, generation_prefix: str = "") -> str:
-    """The solution less what ends the prompt already (generation_prefix or `<think>\\n`), and less
-    a last end-of-text token.
+TAG = re.compile(r"[<\[◁][^<>\[\]◁▷\s]+[>\]▷]$")  # <think>, [THINK], <|assistant|>
+
+
+def response_text(
+    tokenizer, solution: str, prompt: str, generation_prefix: str = "", eos_ids: Iterable[int] = ()
+) -> str:
+    """The solution less what ends the prompt already (generation_prefix, or a tag as `<think>`), up
+    to white space, and less the end-of-text tokens at its end.
 
     It is tokenised apart from the prompt: the policy, too, goes on from the prompt's own tokens, so
     no token may reach over the seam. (Hence also the plain template's newline: a response's first
     word then needs no space before it.)
     """
-    for prefix in (generation_prefix, "<think>\n"):
-        if prefix and prompt.endswith(prefix) and solution.startswith(prefix):
-            solution = solution[len(prefix) :]
+    before, begun = prompt.rstrip(), solution.lstrip()
+    blank = prompt[len(before) :]
+    for opening in (generation_prefix.strip(), *TAG.findall(before)):
+        if opening and before.endswith(opening) and begun.startswith(opening):
+            rest = begun.removeprefix(opening)
+            solution = rest.removeprefix(blank) if rest.startswith(blank) else rest.lstrip()
             break
-    ended = solution.rstrip()
-    if ended.endswith(tokenizer.eos_token):
-        return ended.removesuffix(tokenizer.eos_token)
+    ends = {tokenizer.eos_token, *(decode(tokenizer, [end]) for end in eos_ids)} - {""}
+    while found := [end for end in ends if solution.rstrip().endswith(end)]:
+        solution = solution.rstrip().removesuffix(found[0])
     return solution
 
 
@@ -277,6 +318,30 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     backend.no_truncation()
     backend.no_padding()
     return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def going_on(tokenizer):
+    """The tokenizer for text that goes on from a prompt.
+
+    Some tokenizers put a blank before all that they encode, and no sample begins with it: by a byte
+    level's add_prefix_space, Metaspace's prepend_scheme, or Prepend, as Llama's.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer
+    written = tokenizer.backend_tokenizer.to_str()
+    bare = written.replace('"add_prefix_space":true', '"add_prefix_space":false')
+    bare = re.sub('"prepend_scheme":"(always|first)"', '"prepend_scheme":"never"', bare)
+    bare = bare.replace('"prepend":"\u2581"', '"prepend":""')
+    if bare == written:
+        return tokenizer
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(bare)
+    )
+
+
+def decode(tokenizer, tokens: list[int]) -> str:
+    """The text of tokens, special ones included."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,14 +386,26 @@ class Rows:
         """(index, row) of a batch of the table; blank lines are left out."""
         if self.unit == "row":
             columns = list(batch.keys())
+            features = self.table.features
             cells = [batch[column] for column in columns]
             for index, *values in zip(indices, *cells):
-                yield index, dict(zip(columns, values))
+                row = zip(columns, values)
+                yield index, {name: as_stored(cell, features[name]) for name, cell in row}
         else:
             for index, text in zip(indices, batch[self.TEXT]):
                 text = text.strip("\ufeff \t")
                 if text:
                     yield index, parse_row(text, self.place(index))
+
+
+def as_stored(cell, feature):
+    """The cell, in which a number of 16 or 32 bits is 0.1 if it was, and not 0.10000000149."""
+    if isinstance(cell, list) and hasattr(feature, "feature"):
+        return [as_stored(part, feature.feature) for part in cell]
+    if isinstance(cell, dict) and isinstance(feature, dict):
+        return {name: as_stored(part, feature[name]) for name, part in cell.items()}
+    narrow = cell is not None and getattr(feature, "dtype", "") in ("float16", "float32")
+    return float(str(np.dtype(feature.dtype).type(cell))) if narrow else cell
 
 
 def parse_row(text: str, place: str) -> dict:
@@ -456,6 +533,8 @@ def digest(*parts) -> str:
 # Layouts: what a row asks, its answer, its demonstration
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+PICTURES = re.compile(r"(image|picture|video|audio)s?(_\d+|_url|_path)?")  # names of columns
+PICTURE = re.compile(r"<\|?(?:input_)?(?:image|img|video|audio)(?:[ _]?\w{0,9})\|?>", re.I)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PICK = "\n\nReason step by step, and put the letter of the correct option within \\boxed{}."
 
@@ -546,11 +625,12 @@ def read_chat(index: int, row: dict) -> Example:
         index=index,
         messages=chat_messages(row.get("prompt")),
         answer=answer_text(gold).strip(),
-        solution=target[0]["content"] if target else "",
+        solution=target[-1]["content"] if target else "",
         kind=cell_text(row.get("kind")) or "math",
         level=first_text(row, "level", "category", "subject"),
         id=cell_text(row.get("unique_id")) or str(index),
         behavior_logprobs=row.get("behavior_logprobs"),
+        fault=picture_fault(row),
     )
 
 
@@ -570,7 +650,9 @@ def read_fields(
     answer, kind = gold_and_kind(row, answer_field, mostly_worked)
     written = answer_text(row.get(answer_field))
     worked = written if "####" in written else ""
-    context, options, fault = cell_text(row.get("context")), row_options(row), ""
+    context, options, fault = cell_text(row.get("context")), row_options(row), picture_fault(row)
+    if isinstance(row.get("context"), (list, dict)) and row["context"]:
+        fault = "context is no text"
     if question and context:
         question = f"{context}\n{question}"
     if kind == "choice" and options != []:
@@ -648,9 +730,9 @@ def cell_text(value) -> str:
     """A cell as text: numbers are written out; null, NaN and whatever is not text are empty."""
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and math.isfinite(value):
-        text = f"{Decimal(repr(value)):f}"  # 1e-05 is 0.00001
-        return text.removesuffix(".0")  # AMC's answers are stored as floats
+    if isinstance(value, (float, Decimal)) and math.isfinite(value):
+        text = f"{Decimal(str(value)):f}"  # 0.00001, not 1e-05; and 20.0, as AMC has it, is 20
+        return text.rstrip("0").rstrip(".") if "." in text else text
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else ""
 
 
@@ -669,6 +751,12 @@ def first_text(row: dict, *names: str) -> str:
     return ""
 
 
+def picture_fault(row: dict) -> str:
+    """What is wrong with a row that has a picture in a column of its own; "" if it has none."""
+    columns = [name for name, value in row.items() if PICTURES.fullmatch(name) and value]
+    return f"{columns[0]} beside the text, which no model here sees" if columns else ""
+
+
 def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = False) -> str:
     """Why a row cannot be used, as far as its texts tell; "" if it can. kinds: those known, if
     they are known; rewarded as for row_reader."""
@@ -679,6 +767,11 @@ def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = 
         return example.fault
     if question["role"] == "system" or not question["content"].strip():
         return "no question"
+    if question["role"] != "user":
+        return "prompt does not end with the user's turn"
+    for message in example.messages:
+        if picture := PICTURE.search(message["content"]):
+            return f"{picture[0]} in the prompt, which no model here sees"
     if not (example.answer or rewarded):
         return "no gold answer"
     if SURROGATE.search("\n".join(texts)):
@@ -779,6 +872,8 @@ def load_questions(
     system: str | None = None,
     generation_prefix: str = "",
     template: str = "auto",
+    today: datetime.date | None = None,
+    eos_ids: Iterable[int] = (),
     split: str = "",
     config: str = "",
     revision: str = "",
@@ -789,8 +884,9 @@ def load_questions(
 
     max_prompt and max_response are in tokens, end-of-text included. checker is an eval.Checker;
     without it no answer is verified. rewarded: reward functions judge, so that a row needs no
-    answer, and a question comes with its row. A row is dropped for whatever is wrong with it, its
-    demonstration included; a row that has no demonstration is kept.
+    answer, and a question comes with its row. eos_ids: what ends a response beside the tokenizer's
+    eos_token. A row is dropped for whatever is wrong with it, its demonstration included; a row
+    that has no demonstration is kept.
     The first load tokenises and checks every row; later ones read the outcome from cache_dir,
     where its name is a digest of the data, the tokenizer, the settings and the text of this file
     and of the checker's. On many ranks load on rank 0, wait, then load on the others with the same
@@ -803,12 +899,17 @@ def load_questions(
         )
     rows = load_rows(source, split, config, revision, cache_dir)
     read = row_reader(rows, question_field, answer_field, solution_field, rewarded)
-    style = (system, generation_prefix, template)
+    today = today or datetime.date.today()
+    style = (system, generation_prefix, template, today)
+    writes_date = "strftime_now" in str(tokenizer.chat_template)
+    eos_ids = sorted({tokenizer.eos_token_id, *eos_ids})
+    continued = going_on(tokenizer)
     key = digest(
         rows.table._fingerprint,
         (question_field, answer_field, solution_field),
         tokenizer_state(tokenizer),
-        style,
+        style if writes_date else style[:-1],
+        eos_ids,
         (max_prompt, max_response),
         Path(__file__).read_bytes(),
         checker_state(checker),
@@ -818,7 +919,17 @@ def load_questions(
 
     def prepare_batch(batch, indices) -> pyarrow.Table:
         examples = [read(index, row) for index, row in rows.decode(batch, indices)]
-        prepare(examples, tokenizer, checker, max_prompt, max_response, style, rewarded)
+        prepare(
+            examples,
+            tokenizer,
+            continued,
+            checker,
+            max_prompt,
+            max_response,
+            style,
+            eos_ids,
+            rewarded,
+        )
         outcome = []
         for example in examples:
             if example.fault:
@@ -872,14 +983,16 @@ def known_kinds(checker) -> tuple[str, ...]:
 def prepare(
     examples: list[Example],
     tokenizer,
+    continued,
     checker,
     max_prompt: int,
     max_response: int,
     style: tuple,
+    eos_ids: list[int],
     rewarded: bool = False,
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
-    _, generation_prefix, template = style
+    _, generation_prefix, template, _ = style
     for example in examples:
         example.fault = example_fault(example, known_kinds(checker), rewarded)
 
@@ -894,13 +1007,15 @@ def prepare(
             example.prompt = before + tokens
 
     shown = [(e, prompt) for e, prompt in zip(good, prompts) if e.solution and not e.fault]
-    solutions = [response_text(tokenizer, e.solution, p, generation_prefix) for e, p in shown]
-    encoded = encode_within(tokenizer, solutions, max_response - 1)
-    for (example, _), solution, tokens in zip(shown, solutions, encoded):
-        if tokenizer.eos_token in solution:
-            example.fault = "demonstration holds the end-of-text token"
-        elif tokens is None:
+    solutions = [
+        response_text(tokenizer, e.solution, p, generation_prefix, eos_ids) for e, p in shown
+    ]
+    encoded = encode_within(continued, solutions, max_response - 1)
+    for (example, _), tokens in zip(shown, encoded):
+        if tokens is None:
             example.fault = "demonstration too long"
+        elif not set(eos_ids).isdisjoint(tokens):
+            example.fault = "demonstration holds the end-of-text token"
         else:
             example.demonstration = tokens + [tokenizer.eos_token_id]
 
@@ -1057,7 +1172,7 @@ def make_base(
 
     A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     rng = random.Random(f"base-{seed}")
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer),

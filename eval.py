@@ -1663,8 +1663,11 @@ def load_questions(
     generation_prefix: str,
     rewarded: bool = False,
     checker: Checker | None = None,
+    **style,
 ) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
+
+    system, generation_prefix and style (template, today) are those of data.render_prompt.
 
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
     cannot be used is an error. rewarded: for reward functions, as in data.load_questions. With a
@@ -1672,6 +1675,7 @@ def load_questions(
     """
     import data
 
+    style |= {"system": system, "generation_prefix": generation_prefix}
     if name == "chain":
         questions = data.embedded_questions(tokenizer, "eval", data.EVAL_TERMS, CHAINS)
         for i, question in enumerate(questions):
@@ -1696,9 +1700,7 @@ def load_questions(
         questions.append(
             data.Question(
                 id=f"{Path(name).name}/{len(questions)}",
-                prompt=data.render_prompt(
-                    tokenizer, example.messages, system=system, generation_prefix=generation_prefix
-                ),
+                prompt=data.render_prompt(tokenizer, example.messages, **style),
                 answer=example.answer,
                 demonstration=None,
                 level=example.level,
@@ -1707,7 +1709,7 @@ def load_questions(
         )
         if rewarded:
             questions[-1].row = rows.row(index)
-            questions[-1].asked = data.asked(tokenizer, example.messages, system, generation_prefix)
+            questions[-1].asked = data.asked(tokenizer, example.messages, **style)
     if checker and not rewarded:
         golds, kinds = [q.answer for q in questions], [q.kind for q in questions]
         say_unmatched(name, checker, golds, kinds, names)
@@ -1847,6 +1849,8 @@ def check_evaluation(args) -> Evaluation:
     check_reward_flags(args)
     rewards = load_rewards(args.reward, args.reward_weights, args.right_above)
     config, tokenizer = read_model(args.model)
+    folder = args.out or Path("evaluations") / Path(args.model).resolve().name
+    today = first_day(folder)
     benches, ks = {}, {}
     first = os.environ.get("RANK", "0") == "0"  # the others need not say it, too
     with Checker(checker_workers(1), args.limit) as checker:
@@ -1857,6 +1861,7 @@ def check_evaluation(args) -> Evaluation:
                 args.system,
                 args.generation_prefix,
                 rewarded=rewards is not None,
+                today=today,
                 checker=checker if first else None,
             )
             if rewards:
@@ -1873,8 +1878,7 @@ def check_evaluation(args) -> Evaluation:
     dtype = torch.bfloat16 if torch.cuda.is_available() else config.dtype or torch.float32
     if args.dtype != "auto":
         dtype = getattr(torch, args.dtype)
-    settings = evaluation_settings(args, benches, ks, dtype)
-    folder = args.out or Path("evaluations") / Path(settings["model"]).name
+    settings = evaluation_settings(args, benches, ks, dtype) | {"date": str(today)}
     check_folder(folder, settings)
     return Evaluation(
         args=args,
@@ -1887,6 +1891,15 @@ def check_evaluation(args) -> Evaluation:
         settings=settings,
         folder=folder,
     )
+
+
+def first_day(folder: Path) -> datetime.date:
+    """When the evaluation in the folder began: some chat templates write the date, and one that
+    goes on must have the prompts it began with."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        settings = json.loads((folder / "settings.json").read_text())
+        return datetime.date.fromisoformat(settings["date"])
+    return datetime.date.today()
 
 
 def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtype) -> dict:
@@ -2009,6 +2022,11 @@ def eos_ids(model: str, tokenizer) -> list[int]:
     return sorted((ids | set(named if isinstance(named, list) else [named])) - {None})
 
 
+def line_breaks(text: str) -> str:
+    r"""A flag's text as it is meant: no shell makes a line break of the \n in '<think>\n'."""
+    return text.replace(r"\n", "\n")
+
+
 def checker_workers(world: int) -> int:
     return min(8, max(1, (os.cpu_count() or 1) // world))
 
@@ -2092,7 +2110,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="system message, as 'Reason step by step, and put your final answer in "
         r"\boxed{}.'; default: none, or the chat template's own",
     )
-    add("--generation-prefix", default="", help=r"put at each prompt's end, as $'<think>\n'")
+    prefix = r"ends each prompt, as '<think>\n'"
+    add("--generation-prefix", default="", type=line_breaks, help=prefix)
     add("--sampler", choices=("auto", "vllm", "torch"), default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"

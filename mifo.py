@@ -234,7 +234,7 @@ def next_phase(cfg: Config, state: State) -> str | None:
     if cfg.schedule == "sft" or state.rl_steps == cfg.steps:
         return None
     if cfg.schedule == "alternate":  # ALRIGHT's coin (arXiv 2410.15483), one for all ranks
-        coin = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.step)
+        coin = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
         return "rl" if torch.rand((), generator=coin) < cfg.rl_share else "sft"
     return "rl"
 
@@ -342,7 +342,7 @@ def begin_sft(run: Run, indices: list[int]) -> None:
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
         log_movement(run, "rl")
         set_anchor(run)  # what optimizer_step puts frozen entries back to
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + state.sft_phases)
+    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)
     for _ in range(cfg.sft_epochs):
         order = torch.randperm(len(indices), generator=generator).tolist()
         shuffled = [indices[i] for i in order]
@@ -534,7 +534,7 @@ class Config(Settings):
         DATA, "auto", "the tokenizer's chat template, or plain text; auto: chat if it has one")
     system: str = option(DATA, "data", "system prompt: a text; data: as the data has it; none: dropped")
     generation_prefix: str = option(
-        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it: '<think>\\n'")
+        DATA, "", "ends each prompt, and is cut from demonstrations that begin with it, as '<think>\\n'")
     reward: str = option(
         DATA, "", "reward functions in the checker's place, FILE.py:NAME, several by commas, called as TRL does")
     reward_weights: str = option(DATA, "", "of several reward functions, by commas; empty: 1 each")
@@ -613,6 +613,7 @@ class Run:
     model_dir: str  # of the initial model
     model_config: object
     tokenizer: object
+    eos_ids: list[int]  # what ends a response
     pad_id: int
     questions: typing.Sequence[data.Question]
     demonstrated: set[int]  # questions whose demonstrations may be learnt
@@ -675,8 +676,10 @@ def sample(run: Run, questions: list[data.Question]) -> list[Response]:
     cfg = run.cfg
     mine = range(run.rank, len(questions), run.world)
     prompts = [questions[i].prompt for i in mine]
-    # No seed is used twice, and none depends on which rank samples.
-    seeds = [(cfg.seed << 40) + (run.state.drawn + i) * cfg.samples for i in mine]
+    # No seed is used twice, and none depends on which rank samples. 63 bits hold --seed to 2^23;
+    # larger ones wrap around, to a billion seeds each that lie between those of smaller ones.
+    first = (cfg.seed << 40) % (2**63 - 1_000_000_007)
+    seeds = [first + (run.state.drawn + i) * cfg.samples for i in mine]
     with run.timed("sample"):
         limit = cfg.max_response
         groups = run.sampler.sample(prompts, cfg.samples, seeds, limit, cfg.temperature)
@@ -793,7 +796,7 @@ def probe_engine(run: Run) -> None:
     with run.timed("probe"):
         prompt = run.questions[0].prompt
         limit = min(16, run.cfg.max_response)
-        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed], limit, 1.0)
+        [[response]] = run.sampler.sample([prompt], 1, [run.cfg.seed % 2**63], limit, 1.0)
         batch = data.collate([(prompt, response.tokens)], 0, engine=[response.logprobs])
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         with torch.no_grad():
@@ -1168,10 +1171,7 @@ def token_texts(tokenizer, tokens: list[int]) -> list[str]:
       bytes of "né" by three tokens  n, C3, A9 -> ["n", "·", "é"]
     """
 
-    def decode(start: int, end: int) -> str:
-        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(tokens[start:end], **plain)
-
+    decode = lambda start, end: data.decode(tokenizer, tokens[start:end])
     texts, start, done = [], 0, 0  # text is shown up to `done`; `start` gives it its left neighbour
     for end in range(1, len(tokens) + 1):
         text = decode(start, end)[len(decode(start, done)) :]
@@ -1834,11 +1834,7 @@ def save_checkpoint(run: Run) -> None:
         whole = {name: tensor.cpu() for name, tensor in weights if run.rank == 0}
         with together(run):
             if run.rank == 0:
-                run.policy.model.save_pretrained(part / "model", state_dict=whole)
-                model_config = run.policy.model.config
-                model_config.dtype = run.dtype  # that says float32, as the weights in training are
-                model_config.save_pretrained(part / "model")
-                run.tokenizer.save_pretrained(part / "model")
+                save_model(run, part / "model", whole)
                 state = {"state": asdict(run.state), "config": asdict(cfg)}
                 state["data"] = getattr(run.questions, "fingerprint", "")
                 (part / "state.json").write_text(json.dumps(state))
@@ -1858,6 +1854,23 @@ def save_checkpoint(run: Run) -> None:
                 part.rename(folder)
                 sync(folder.parent)
                 remove_old(cfg, run.state)
+
+
+def save_model(run: Run, folder: Path, weights: dict[str, Tensor]) -> None:
+    """The model as transformers and vLLM load it: these weights, and all else as in training."""
+    model, tokenizer = run.policy.model, run.tokenizer
+    generation = model.generation_config
+    model.generation_config = transformers.GenerationConfig()  # as it came, it may be refused
+    model.save_pretrained(folder, state_dict=weights)
+    model.generation_config = generation
+    generation.eos_token_id = run.eos_ids
+    generation._from_model_config = False  # or transformers would make it anew
+    generation.to_json_file(folder / "generation_config.json")
+    model.config.dtype = run.dtype  # save_pretrained writes that of the trainer's weights
+    model.config.save_pretrained(folder)
+    longest = max(tokenizer.model_max_length, run.cfg.max_position_embeddings)
+    tokenizer.model_max_length = longest  # vLLM takes no longer texts
+    tokenizer.save_pretrained(folder)
 
 
 def remove_old(cfg: Config, state: State) -> None:
@@ -2012,7 +2025,8 @@ def set_up(cfg: Config) -> Run:
     model_dir, config, tokenizer, config_edits = open_model(cfg, rank)
     workers = evaluation.checker_workers(world)
     checker = evaluation.Checker(workers, cfg.check_limit, cfg.extract, cfg.require_think)
-    questions, benches = load_data(cfg, rank, tokenizer, checker)
+    eos_ids = evaluation.eos_ids(model_dir, tokenizer)
+    questions, benches = load_data(cfg, rank, tokenizer, checker, eos_ids, first_day(cfg))
     try_rewards(rewards, questions, benches, tokenizer)
 
     demonstrated = data.demonstrated(questions)
@@ -2040,7 +2054,7 @@ def set_up(cfg: Config) -> Run:
             model_dir,
             max_len=cfg.max_prompt + cfg.max_response,
             dtype=dtype,
-            eos_ids=evaluation.eos_ids(model_dir, tokenizer),
+            eos_ids=eos_ids,
             seed=cfg.seed,
             max_num_seqs=cfg.max_num_seqs,
             kv_cache_gib=cfg.kv_cache_gib,
@@ -2058,7 +2072,7 @@ def set_up(cfg: Config) -> Run:
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
     # Pinned, or each SFT step's copies to the GPU would be slow.
     like = {"device": map_device, "pin_memory": offloaded}
-    torch.manual_seed(cfg.seed * 1_000_003 + rank)  # of dropout, where a model has it
+    torch.manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)  # of dropout, where a model has it
     return Run(
         cfg=cfg,
         rank=rank,
@@ -2070,6 +2084,7 @@ def set_up(cfg: Config) -> Run:
         model_dir=model_dir,
         model_config=config,
         tokenizer=tokenizer,
+        eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id or 0,
         questions=questions,
         demonstrated=set(demonstrated) - set(holdout),
@@ -2173,8 +2188,21 @@ def edit_config(cfg: Config, config) -> dict:
     return edits
 
 
-def load_data(cfg: Config, rank: int, tokenizer, checker):
-    """The questions to train on, and those of each benchmark to evaluate on."""
+def first_day(cfg: Config) -> datetime.date:
+    """When the run in --out began: some chat templates write the date, and a run that goes on must
+    have the prompts it began with."""
+    path = Path(cfg.out, "date")
+    if os.environ["RANK"] == "0" and not (cfg.resume and path.exists()):
+        write_whole(path, str(datetime.date.today()))
+    dist.barrier()
+    return datetime.date.fromisoformat(path.read_text())
+
+
+def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], today):
+    """The questions to train on, and those of each benchmark to evaluate on.
+
+    eos_ids: what ends a response; today: for chat templates that write the date.
+    """
     system = {"data": None, "none": ""}.get(cfg.system, cfg.system)
     if not cfg.data:
         questions = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
@@ -2194,6 +2222,8 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
                     system=system,
                     generation_prefix=cfg.generation_prefix,
                     template=cfg.template,
+                    today=today,
+                    eos_ids=eos_ids,
                     split=cfg.split,
                     config=cfg.data_config,
                     revision=cfg.revision,
@@ -2218,17 +2248,17 @@ def load_data(cfg: Config, rank: int, tokenizer, checker):
             f"--buffer-size {cfg.buffer_size} would never be reached: {most} questions have a "
             "demonstration to learn from; lower it, or train by --schedule rl"
         )
-    names = [name for name in cfg.evaluate.split(",") if name]
-    prefix = cfg.generation_prefix
     benches = {}
-    for name in names:
+    for name in filter(None, cfg.evaluate.split(",")):
         benches[name] = evaluation.load_questions(
             name,
             tokenizer,
             system,
-            prefix,
+            cfg.generation_prefix,
             rewarded=bool(cfg.reward),
             checker=checker if rank == 0 else None,
+            template=cfg.template,
+            today=today,
         )
     return questions, benches
 
@@ -2261,19 +2291,17 @@ def dry_run(cfg: Config) -> str:
         model_dir, config, tokenizer, _ = open_model(cfg, 0)
         limits = (cfg.check_limit, cfg.extract, cfg.require_think)
         with evaluation.Checker(evaluation.checker_workers(1), *limits) as checker:
-            questions, benches = load_data(cfg, 0, tokenizer, checker)
+            eos_ids = evaluation.eos_ids(model_dir, tokenizer)
+            today = datetime.date.today()
+            questions, benches = load_data(cfg, 0, tokenizer, checker, eos_ids, today)
         rewards = try_rewards(reward_functions(cfg), questions, benches, tokenizer)
     finally:
         dist.destroy_process_group()
 
-    def text(ids: list[int]) -> str:
-        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(ids, **plain)
-
     indices = data.demonstrated(questions)
     question = shown(questions)
-    response = question.demonstration or []
-    ends = " or ".join(repr(text([i])) for i in evaluation.eos_ids(model_dir, tokenizer))
+    prompt, response = question.prompt, question.demonstration or []
+    ends = " or ".join(repr(data.decode(tokenizer, [i])) for i in eos_ids)
     found = questions.report() if cfg.data else f"{len(questions)} questions"
     problem = "asked for" if cfg.sampler == "torch" else rollout.vllm_problem()
     template = "with" if tokenizer.chat_template else "without"
@@ -2301,9 +2329,9 @@ def dry_run(cfg: Config) -> str:
             *judged,
             "",
             f"the first question{' that has a demonstration' if indices else ''}: gold answer "
-            f"{question.answer!r}, prompt of {len(question.prompt):,} tokens, response of "
+            f"{question.answer!r}, prompt of {len(prompt):,} tokens, response of "
             f"{len(response):,}; they meet at <<<|>>>",
-            f"{text(question.prompt)}<<<|>>>{text(response)}",
+            f"{data.decode(tokenizer, prompt)}<<<|>>>{data.decode(tokenizer, response)}",
             "",
             "dry run: all is in place; nothing was trained",
         ]
@@ -2327,6 +2355,7 @@ def parse_config(argv: list[str]) -> Config:
         except ValueError as error:
             raise ValueError(f"--recipe {recipe}: {error}") from None
     cfg = Config(**{**values, **flags, "recipe": recipe})
+    cfg.generation_prefix = evaluation.line_breaks(cfg.generation_prefix)
     check_config(cfg, int(os.environ["WORLD_SIZE"]))
     return cfg
 

@@ -189,7 +189,7 @@ class VLLMSampler:
                 dtype=str(dtype).removeprefix("torch."),
                 max_model_len=max_len,
                 max_num_seqs=max_num_seqs,
-                seed=seed,
+                seed=seed % 2**32,  # numpy's generator takes no larger one
                 logprobs_mode="processed_logprobs",
                 enable_prefix_caching=True,
                 hf_overrides=config_edits,

@@ -18,6 +18,8 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
+import decimal
 import fnmatch
 import functools
 import html.parser
@@ -44,6 +46,7 @@ import traceback
 import types
 import typing
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -1709,6 +1712,14 @@ def test_draw_is_a_stream_of_permutations_however_it_is_cut(length):
         assert len(others) == 20 and data.draw(length, 6, 0, length) != passes[1]
 
 
+def test_seeds_may_be_of_any_size(tmp_path):
+    drawn = {tuple(data.draw(50, seed, 0, 50)) for seed in (0, 2**24, 20240101)}
+    assert len(drawn) == 3 and sorted(data.draw(50, 2**80, 0, 50)) == list(range(50))
+    tokenizer, quiet = data.embedded_tokenizer(), lambda text: None
+    data.make_base(tmp_path, 2**80, tokenizer, data.base_chain, steps=1, say=quiet)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_draw_leaves_the_global_generator_alone():
     state = torch.get_rng_state()
     data.draw(10, 0, 0, 25)
@@ -2257,6 +2268,141 @@ def test_prefix_stands_once_and_in_the_prompt_alone(chat_tokenizer, tmp_path):
     assert gsm8k.startswith("She has")
 
 
+# fmt: off
+@pytest.mark.parametrize("template, prefix, solution, prompt, response", [
+    # What the chat template writes last, the flag, the solution; both ends as they must meet.
+    ("<think>\n", "", "\n<think>\nA", "<think>\n", "A"),
+    ("<think>\n", "", "<think>A", "<think>\n", "A"),
+    ("<think>\n", "", " \n<think>  A", "<think>\n", "A"),
+    ("<think>\n", "", "<think>\n\nA", "<think>\n", "\nA"),
+    ("<think>", "", "<think>\nA", "<think>", "\nA"),
+    ("<think>\n", "", "\nA <think>", "<think>\n", "\nA <think>"),
+    ("<think>\n", "", "<thinking>A", "<think>\n", "<thinking>A"),
+    ("", "<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("<think>", "<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("<think>\n", "<think>", "<think>A", "assistant\n<think>", "A"),
+    ("<think>\n\n", "\n<think>\n", "<think>A", "assistant\n<think>\n", "A"),
+    ("[THINK]", "", "[THINK]A", "[THINK]", "A"),
+    ("<|helper|>\n", "", "<|helper|>\nA", "<|helper|>\n", "A"),
+    ("", "So: ", "So: A", "So: ", "A"),
+    ("", "So: ", "So:\nA", "So: ", "A"),
+])
+# fmt: on
+def test_what_opens_a_response_stands_in_the_prompt_alone(
+    template, prefix, solution, prompt, response, tmp_path
+):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("assistant\n", "assistant\n" + template)
+    rows = [{"question": "Why?", "answer": "5", "solution": solution}]
+    (q,) = questions_of(rows, tokenizer, tmp_path, generation_prefix=prefix)
+    whole = tokenizer.decode(q.prompt)
+    assert whole.endswith(prompt) and tokenizer.decode(q.demonstration) == response + "<|endoftext|>"
+    assert whole.count("<think>") == ("<think>" in prompt)
+
+
+DATED_TEMPLATE = "{{ strftime_now('%d %b %Y, %H:%M') }}\n" + CHAT_TEMPLATE
+# Llama's: the date of its release unless another is given.
+RELEASE_TEMPLATE = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{{ date_string }}\n" + CHAT_TEMPLATE
+)
+
+
+def dated_tokenizer():
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = DATED_TEMPLATE
+    return tokenizer
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls):
+        tomorrow = datetime.datetime.now() + datetime.timedelta(days=1)
+        return cls(tomorrow.year, tomorrow.month, tomorrow.day)
+
+
+def test_a_template_takes_the_date_from_the_day_given(tmp_path):
+    dated, days = dated_tokenizer(), [datetime.date(2024, 2, 29), datetime.date(2026, 1, 3)]
+    path, prints = write_rows(tmp_path / "rows.jsonl", MATH_ROWS), []
+    for day in days:
+        found = read_questions(path, dated, today=day)
+        text = dated.decode(found[0].prompt)
+        assert text.startswith(f"{day:%d %b %Y}, 00:00\n<|im_start|>")
+        prints.append(found.fingerprint)
+    assert prints[0] != prints[1]
+    assert dated.decode(data.render_prompt(dated, "q")).startswith(f"{datetime.date.today():%d %b}")
+    fixed = bpe_tokenizer()
+    fixed.chat_template = RELEASE_TEMPLATE
+    first, second = (read_questions(path, fixed, today=day) for day in days)
+    assert list(first) == list(second) and first.fingerprint == second.fingerprint
+    assert fixed.decode(first[0].prompt).startswith("26 Jul 2024\n")
+
+
+def seam_tokenizer(name):
+    """Tokenizers that put a blank before a text, as add_prefix_space, Metaspace or Llama's do."""
+    unigram = models.Unigram([("<unk>", 0.0), ("\u2581", -2.0)], unk_id=0, byte_fallback=False)
+    raw = Tokenizer(unigram if name == "unigram" else models.BPE(unk_token="<unk>"))
+    scheme = name if name in ("always", "first") else "always"
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    if name == "byte level":
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        raw.decoder = decoders.ByteLevel()
+    if name == "llama":
+        blank = tokenizers.normalizers.Replace(" ", "\u2581")
+        steps = [tokenizers.normalizers.Prepend("\u2581"), blank]
+        raw.normalizer, raw.pre_tokenizer = tokenizers.normalizers.Sequence(steps), None
+        steps = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        raw.decoder = decoders.Sequence(steps)
+    kind = trainers.UnigramTrainer if name == "unigram" else trainers.BpeTrainer
+    more = {"unk_token": "<unk>"} if name == "unigram" else {}
+    trainer = kind(
+        vocab_size=300,
+        special_tokens=["<unk>", "</s>", "<|user|>", "<|helper|>"],
+        show_progress=False,
+        **more,
+    )
+    texts = [*SEAM_TEXTS, *(row["problem"] + row["solution"] for row in MATH_ROWS)]
+    raw.train_from_iterator(["Question: q\nAnswer:\n", *texts] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+
+
+BLANKS = ("\u2581", "\u0120")  # as Metaspace and byte-level tokens write them
+SEAM_TEXTS = ["She adds 2 and 3.", "= 5", "\n\nShe adds", " She", "a=0", "0", "\n=a0", "\\boxed{5}"]
+
+
+@pytest.mark.parametrize("name", ["byte level", "always", "first", "llama", "unigram"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_demonstration_begins_as_a_sample_would(name, chat, tmp_path):
+    """Against the tokens of prompt and demonstration as one text, less those of the prompt."""
+    tokenizer = seam_tokenizer(name)
+    if chat:
+        tokenizer.chat_template = "<|user|>{{ messages[-1]['content'] }}<|helper|>x"
+    rows = [{"question": "q", "answer": "5", "solution": text} for text in SEAM_TEXTS]
+    questions = questions_of(rows, tokenizer, tmp_path)
+    assert len(questions) == len(SEAM_TEXTS)
+    first_token = lambda tokens: tokenizer.convert_ids_to_tokens(tokens[0])
+    assert first_token(data.encode(tokenizer, ["She"])[0]).startswith(BLANKS)
+    compared = 0
+    for text, q in zip(SEAM_TEXTS, questions):
+        response = q.demonstration[:-1]
+        assert tokenizer.decode(q.prompt + response).endswith(text)
+        assert first_token(response).startswith(BLANKS) == (text[0] == " ")
+        [together] = data.encode(tokenizer, [data.prompt_text(tokenizer, "q") + text])
+        if together[: len(q.prompt)] == q.prompt:  # no token reaches over the seam
+            assert response == together[len(q.prompt) :]
+            compared += 1
+    assert compared >= 5
+
+
+def test_a_tokenizer_that_adds_no_blank_encodes_as_before(chat_tokenizer):
+    texts = ["She", " She", "\n=a0", "", "\u20ac", "<|im_end|>x"]
+    for tokenizer in (chat_tokenizer, bpe_tokenizer(bos=True)):
+        assert data.encode(data.going_on(tokenizer), texts) == data.encode(tokenizer, texts)
+    embedded = data.embedded_tokenizer()
+    assert data.going_on(embedded) is embedded
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_special_tokens_stand_where_they_must_and_once(chat, tmp_path):
     tokenizer = bpe_tokenizer(chat, bos=True)
@@ -2276,6 +2422,16 @@ def test_special_tokens_stand_where_they_must_and_once(chat, tmp_path):
         response = tokenizer.decode(x.demonstration)
         assert tokenizer.decode(x.prompt).endswith("<think>\n") and "<think>" not in response
         assert response.startswith("Add ")
+    # The generation config may end responses by other tokens as well.
+    rows[1]["target"][0]["content"] += "<|im_end|>\n"
+    rows[2]["target"][0]["content"] = "<think>\nA<|im_end|>B\n</think>\n\\boxed{4}"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for eos_ids, holding in (([], [1, 3]), ([end], [2, 3]), ([10**6, end, eos], [2, 3])):
+        q = questions_of(rows, tokenizer, tmp_path, eos_ids=eos_ids)
+        assert q.dropped == {"demonstration holds the end-of-text token": holding}
+        for x in q:
+            assert x.demonstration.count(eos) == 1 and x.demonstration[-1] == eos
+            assert end not in x.demonstration or not eos_ids
     tokenizer = bpe_tokenizer(chat)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
@@ -2707,6 +2863,117 @@ def test_rows_as_trl_has_them_are_read_for_reward_functions(chat_tokenizer, tmp_
     assert questions[1].row == {"prompt": "And 1/4?", "solution": None, "more": [1]}
     with pytest.raises(ValueError, match="no known layout"):
         questions_of(rows, chat_tokenizer, tmp_path)
+
+
+def test_every_type_of_number_is_a_number(chat_tokenizer, tmp_path):
+    tenths = {
+        pyarrow.float16(): np.float16(0.1), pyarrow.float32(): 0.1, pyarrow.float64(): 0.1,
+        pyarrow.decimal128(9, 3): decimal.Decimal("0.100"),
+        pyarrow.decimal256(40, 20): decimal.Decimal("0.1"),
+    }  # fmt: skip
+    wholes = {kind: np.float16(20) for kind in tenths if not pyarrow.types.is_decimal(kind)}
+    wholes |= {kind: decimal.Decimal("20.00") for kind in tenths if kind not in wholes}
+    for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
+        wholes[getattr(pyarrow, name)()] = 20
+    for numbers, expected in ((tenths, "0.1"), (wholes, "20")):
+        for kind, number in numbers.items():
+            column = pyarrow.array([number, None], kind)
+            table = pyarrow.table({"question": ["q", "r"], "answer": column, "level": column})
+            pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
+            q = read_questions(tmp_path / "numbers.parquet", chat_tokenizer)
+            assert [(x.answer, x.level) for x in q] == [(expected, expected)], kind
+            assert q.dropped == {"no gold answer": [1]}
+    several = pyarrow.array([[0.1, 2]], pyarrow.list_(pyarrow.float32()))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"question": ["q"], "answer": several}), tmp_path / "numbers.parquet"
+    )
+    assert read_questions(tmp_path / "numbers.parquet", chat_tokenizer)[0].answer == "0.1, 2"
+    gold = pyarrow.struct({"ground_truth": pyarrow.float32()})
+    golds = pyarrow.array([{"ground_truth": 0.1}], gold)
+    table = pyarrow.table({"prompt": ["q"], "reward_model": golds})
+    pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
+    assert read_questions(tmp_path / "numbers.parquet", chat_tokenizer)[0].answer == "0.1"
+    cells = [3, 2.0, 0.1, True, None, math.nan, math.inf, 1e22]
+    cells += [decimal.Decimal(text) for text in ("NaN", "Infinity", "-0.50", "1E+3")]
+    texts = ["3", "2", "0.1", "", "", "", "", "1" + 22 * "0", "", "", "-0.5", "1000"]
+    assert [data.cell_text(cell) for cell in cells] == texts
+
+
+# fmt: off
+@pytest.mark.parametrize("name, content, text", [
+    ("rows.jsonl", [{"type": "text", "text": "1+1?"}], "1+1?"),
+    ("rows.parquet", [{"type": "text", "text": "Add"}, {"type": "text", "text": "2?"}], "Add\n2?"),
+    ("rows.jsonl", [{"text": "Add"}, {"type": "input_text", "text": "1+1?"}, "n"], "Add\n1+1?\nn"),
+])
+# fmt: on
+def test_content_in_parts_is_joined(name, content, text, chat_tokenizer, tmp_path):
+    row = openr1_row(1)
+    row["prompt"][0]["content"] = [{"type": "text", "text": "Be brief."}]
+    row["prompt"][1]["content"] = content
+    row["target"][0]["content"] = [{"type": "text", "text": "So \\boxed{2}"}]
+    (q,) = questions_of([row], chat_tokenizer, tmp_path, name)
+    asked = chat_tokenizer.decode(q.prompt)
+    assert f"system\nBe brief.<|im_end|>\n<|im_start|>user\n{text}<|im_end|>" in asked
+    assert chat_tokenizer.decode(q.demonstration) == "So \\boxed{2}<|endoftext|>"
+    (q,) = evaluation.load_questions(str(tmp_path / name), chat_tokenizer, None, "")
+    assert chat_tokenizer.decode(q.prompt) == asked
+
+
+def test_pictures_and_answers_in_the_prompt_are_refused_by_name(chat_tokenizer, tmp_path):
+    def chat(*turns):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"prompt": messages, "reward_model": {"ground_truth": "2"}}
+
+    text, image = {"type": "text", "text": "Which?"}, {"type": "image", "image": "1.png"}
+    user, reply = ("user", "1+1?"), ("assistant", "It is 2.")
+    chats = {
+        "kept": [chat(user), chat(user, reply, user), chat(user) | {"images": [], "image": None}],
+        "prompt does not end with the user's turn": [
+            chat(user, reply), chat(("system", "s"), user, reply), chat(user, ("tool", "2")),
+        ],
+        "<image> in the prompt": [
+            chat(("user", [image, text])), chat(("user", "<image>\nWhich?")),
+            chat(("user", "See <image>."), reply, user),
+        ],
+        "<image_url> in the prompt": [chat(("user", [text, {"type": "image_url", "text": None}]))],
+        "<|image_pad|> in the prompt": [chat(("user", "<|image_pad|>Which?"))],
+        "<image 1> in the prompt": [chat(("user", "In <image 1>?"))],
+        "<video> in the prompt": [chat(("user", [{"type": "video"}, text]))],
+        "images beside the text": [chat(user) | {"images": [{"bytes": "x"}]}],
+        "no question": [
+            chat(("user", [text, {"type": "dance"}])), chat(("user", [5])), chat(("user", [])),
+        ],
+    }  # fmt: skip
+    plain = {"question": "Which?", "answer": "2"}
+    plains = {
+        "kept": [plain, plain | {"image": "", "context": None}, plain | {"question": "a < image > b"}],
+        "no question": [plain | {"question": ["Which?"]}, plain | {"question": {"text": "Which?"}}],
+        "<image_1> in the prompt": [plain | {"question": "<image_1> Which?"}],
+        "<image> in the prompt": [plain | {"context": "<image>"}],
+        "image beside the text": [plain | {"image": "1.png"}],
+        "image_1 beside the text": [plain | {"image_1": {"path": "1.png"}}],
+        "context is no text": [plain | {"context": ["Let x be 1."]}],
+    }  # fmt: skip
+    for layout in (chats, plains):
+        rows = [row for part in layout.values() for row in part]
+        expected, start = {}, 0
+        for reason, part in layout.items():
+            expected[reason] = list(range(start, start + len(part)))
+            start += len(part)
+        kept = questions_of(rows, chat_tokenizer, tmp_path)
+        assert [int(q.id) for q in kept] == expected.pop("kept")
+        assert {k.partition(", which no")[0]: v for k, v in kept.dropped.items()} == expected
+        for reason in expected:
+            bench = write_rows(tmp_path / "bench.jsonl", layout[reason][:1])
+            with pytest.raises(ValueError, match=rf"bench.jsonl: line 1: {re.escape(reason)}"):
+                evaluation.load_questions(bench, chat_tokenizer, None, "")
+
+
+def test_the_target_is_the_experts_turn(chat_tokenizer, tmp_path):
+    row = openr1_row(1)
+    row["target"] = [{"role": "user", "content": "1+1?"}, *row["target"]]
+    (q,) = questions_of([row], chat_tokenizer, tmp_path)
+    assert chat_tokenizer.decode(q.demonstration).startswith("<think>\nAdd 1")
 
 
 def test_texts_far_too_long_are_not_tokenised(chat_tokenizer, tmp_path):
@@ -4254,6 +4521,23 @@ def test_a_rank_appends_after_the_last_whole_line(tmp_path):
         with evaluation.open_responses(tmp_path, 3) as file:
             file.write("c\n")
         assert path.read_text() == after + "c\n"
+
+
+def test_an_evaluation_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    tiny_model(tmp_path / "model", 0, dated_tokenizer())
+    bench = write_rows(tmp_path / "bench.jsonl", [{"question": "1+1?", "answer": "2"}])
+
+    def prompt_in(out):
+        command = [str(tmp_path / "model"), "--bench", bench, "--max-tokens", "9", "--out", out]
+        found = evaluation.check_evaluation(evaluation.evaluate_parser().parse_args(command))
+        Path(out).mkdir(exist_ok=True)
+        (Path(out) / "settings.json").write_text(json.dumps(found.settings))
+        return found.benches[bench][0].prompt
+
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    first = prompt_in(one)
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert prompt_in(one) == first != prompt_in(other)
 
 
 def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys):
@@ -6503,6 +6787,127 @@ def test_killed_and_resumed_on_two_ranks(tmp_path):
     check_kill_and_resume(tmp_path, 2)
 
 
+# fmt: off
+@pytest.mark.parametrize("generation, ends, dtype", [
+    # generation_config.json (None: absent), and what then ends a response beside token 1
+    ({"eos_token_id": 9}, [1, 9], torch.bfloat16),
+    ({"eos_token_id": [9, 4], "do_sample": True, "top_k": 20}, [1, 4, 9], torch.float32),
+    ({"eos_token_id": [1], "pad_token_id": 1}, [1], torch.bfloat16),
+    ({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 9, "pad_token_id": -1}, [1, 9], torch.float32),
+    ({"eos_token_id": None, "_from_model_config": True}, [1], torch.float32),
+    (None, [1], torch.bfloat16),
+])
+# fmt: on
+def test_an_exported_model_is_what_training_used(generation, ends, dtype, tmp_path):
+    tokenizer = bpe_tokenizer()
+    tokenizer.eos_token, tokenizer.model_max_length = "<|im_start|>", 64  # token 1
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_model(source, 3, tokenizer)
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": 7}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").unlink()
+    if generation is not None:
+        (source / "generation_config.json").write_text(json.dumps(generation))
+    edited = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    edited["max_position_embeddings"] = 512
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **edited)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    run = types.SimpleNamespace(
+        policy=mifo.Policy(model),
+        tokenizer=tokenizer,
+        eos_ids=evaluation.eos_ids(str(source), tokenizer),
+        dtype=dtype,
+        cfg=mifo.Config(max_position_embeddings=512),
+    )
+    assert run.eos_ids == ends
+    weights = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    for _ in range(2):  # a run saves more than once
+        mifo.save_model(run, out, weights)
+    assert model.dtype == torch.float32
+    config, written = (json.loads((out / f"{x}config.json").read_text()) for x in ("", "generation_"))
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert config["max_position_embeddings"] == 512
+    assert config["rope_parameters"]["rope_theta"] == 5e4
+    assert evaluation.eos_ids(str(out), tokenizer) == written["eos_token_id"] == ends
+    assert not written.get("_from_model_config")  # else transformers makes it anew
+    kept = {k: v for k, v in (generation or {}).items() if k != "eos_token_id" and k[0] != "_"}
+    assert kept.items() <= written.items()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert loaded.dtype == dtype and loaded.config.max_position_embeddings == 512
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, weights[name])
+    other = transformers.AutoTokenizer.from_pretrained(out)
+    assert data.tokenizer_state(other) == data.tokenizer_state(tokenizer)
+    assert other.chat_template == CHAT_TEMPLATE and other.model_max_length == 512
+    check_vllms_reading(out, ends)
+    if len(ends) < 3:
+        return
+    torch.manual_seed(0)
+    asked = {"do_sample": True, "max_new_tokens": 99, "temperature": 3.0, "top_k": 0}
+    rows = loaded.generate(torch.full((64, 1), 5), pad_token_id=0, **asked)[:, 1:].tolist()
+    last = Counter()
+    for row in rows:
+        stops = [i for i, token in enumerate(row) if token in ends]
+        if stops:
+            last[row[stops[0]]] += 1
+            assert set(row[stops[0] + 1 :]) <= {0}
+    assert set(last) == set(ends)
+
+
+def check_vllms_reading(folder: Path, ends: list[int]) -> None:
+    """What vllm.LLM(folder) takes from the files, without starting an engine."""
+    if rollout.vllm_problem():
+        return
+    import vllm
+    from vllm.config import ModelConfig
+
+    known = vllm.ModelRegistry.models["Qwen2ForCausalLM"]
+    vllm.ModelRegistry.register_model("Qwen2ForCausalLM", known.load_model_cls())
+    config = ModelConfig(str(folder))
+    assert config.max_model_len == 512
+    params = vllm.SamplingParams()
+    params.update_from_generation_config(config.try_get_generation_config(), ends[0])
+    assert sorted({ends[0], *params.stop_token_ids}) == ends
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    run, again = (mifo.Config(out=str(tmp_path), resume=resume) for resume in (False, True))
+    (tmp_path / "date").write_text("2024-02-29")
+    assert mifo.first_day(again) == datetime.date(2024, 2, 29)
+    assert mifo.first_day(run) == datetime.date.today() == mifo.first_day(again)
+    (tmp_path / "date").unlink()  # of a run by an older mifo.py
+    assert mifo.first_day(again) == datetime.date.today() == mifo.first_day(again)
+
+
+@case()
+def dated_prompts(folder):
+    """Of a run and of its resumption a day later: the prompts it trains and is evaluated on."""
+    dist.init_process_group("gloo")
+    if os.environ["RANK"] == "0":
+        tiny_model(folder / "dated", 0, dated_tokenizer(), initializer_range=0.02)
+        write_rows(folder / "dated.jsonl", [{"question": "1+1?", "answer": "2"}])
+    dist.barrier()
+    found, rows = [], str(folder / "dated.jsonl")
+    settings = dict(model=folder / "dated", data=rows, evaluate=rows, schedule="rl", max_prompt=80)
+    for resume in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if resume or os.environ["RANK"] == "1":  # where midnight may have passed already
+                patch.setattr(datetime, "date", Tomorrow)
+            run = open_run(folder / "dated-run", resume=resume, **settings)
+        for questions in (run.questions, run.benches[rows]):
+            found.append(run.tokenizer.decode(questions[0].prompt))
+    return found
+
+
+def test_a_resumed_run_has_the_prompts_it_began_with(dated_prompts):
+    for ranks in dated_prompts.values():
+        prompts = sum(ranks, [])
+        assert len(prompts) == 4 * len(ranks) and len(set(prompts)) == 1
+        assert re.match(r"\d\d [A-Z][a-z]{2} 20\d\d, 00:00\n", prompts[0])
+
+
 def resume_elsewhere(source: Path, out: Path) -> Path:
     """Continues a run of COMMON's settings from its fifth checkpoint on the ranks of this case."""
     half = checkpoints_of(source)[4]
@@ -7030,6 +7435,37 @@ def test_a_checkpoint_names_the_type_of_its_weights_and_nothing_else_is_new(
         assert before == after
         with safe_open(folder / "model.safetensors", "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+
+
+@case(worlds=(1,))
+def seeds_of_runs(folder):
+    """By --seed: the seeds that the sampler is given in two RL steps, with an SFT phase of MIFO."""
+    found = {}
+    for seed in (0, 1, 2**23, 20240101, 2**31, 2**40, 2**80):
+        base = folder / f"embedded-base-{seed}"
+        if not base.exists():
+            shutil.copytree(folder / "embedded-base-0", base)
+        settings = dict(seed=seed, steps=2, buffer_size=2)
+        run = open_run(folder / f"seed-{seed}", **settings)
+        given, sample = [], run.sampler.sample
+        run.sampler.sample = lambda *args, given=given, sample=sample: (
+            given.append(args) or sample(*args)
+        )
+        mifo.train(run)
+        found[seed] = [seeds for _, n, seeds, *_ in given if n == run.cfg.samples]
+    return found
+
+
+def test_any_seed_runs_and_is_a_run_of_its_own(seeds_of_runs):
+    [found] = seeds_of_runs[1]
+    assert found[0] == [[0, 4, 8, 12], [16, 20, 24, 28]]  # as the README's runs had them
+    assert found[1] == [[2**40 + seed for seed in step] for step in found[0]]
+    given = []
+    for seed, steps in found.items():
+        assert [len(seeds) for seeds in steps] == [4, 4], seed
+        given += sum(steps, [])
+    assert len({seed + j for seed in given for j in range(4)}) == 4 * len(given)
+    assert all(0 <= seed < 2**63 for seed in given)
 
 
 @case(worlds=(1,))
@@ -7806,6 +8242,22 @@ def test_only_settings_other_than_the_defaults_are_shown():
     text = mifo.settings(mifo.Config(rho=0.5, out="a b"))
     assert text == "settings other than the defaults: rho 0.5, out 'a b'"
     assert mifo.settings(mifo.Config()).endswith("defaults: none")
+
+
+def test_line_breaks_may_be_typed_as_the_help_shows_them(monkeypatch, tmp_path, capsys):
+    typed = re.search(r"as '(<think>[^']*)'", mifo.make_parser().format_help())[1]
+    again = re.search(r"as '(<think>[^']*)'", evaluation.evaluate_parser().format_help())[1]
+    assert typed == again == "<think>\\n"
+    (tmp_path / "r.toml").write_text(
+        "generation_prefix = '<think>\\n'\nmodel = 'm/m'\ndata = 'd/d'"
+    )
+    for argv in (["--model=m/m", "--data=d/d", "--generation-prefix", typed], []):
+        recipe = [f"--recipe={tmp_path / 'r.toml'}"] if not argv else []
+        assert recipe_config(monkeypatch, *argv, *recipe).generation_prefix == "<think>\n"
+    args = ["m", "--bench", "b", "--generation-prefix", typed]
+    assert evaluation.evaluate_parser().parse_args(args).generation_prefix == "<think>\n"
+    commands = (ROOT / "recipes" / "README.md").read_text()
+    assert f"--generation-prefix '{typed}'" in commands
 
 
 def test_numbers_may_be_negative_or_infinite(monkeypatch):

@@ -676,10 +676,9 @@ def sample(run: Run, questions: list[data.Question]) -> list[Response]:
     cfg = run.cfg
     mine = range(run.rank, len(questions), run.world)
     prompts = [questions[i].prompt for i in mine]
-    # No seed is used twice, and none depends on which rank samples. 63 bits hold --seed to 2^23;
-    # larger ones wrap around, to a billion seeds each that lie between those of smaller ones.
-    first = (cfg.seed << 40) % (2**63 - 1_000_000_007)
-    seeds = [first + (run.state.drawn + i) * cfg.samples for i in mine]
+    # Hashed: torch's generators take only the lower 32 bits on a CPU, so runs of several --seed
+    # would have the same noise. None depends on which rank samples.
+    seeds = [evaluation.question_seed(cfg.seed, str(run.state.drawn + i)) for i in mine]
     with run.timed("sample"):
         limit = cfg.max_response
         groups = run.sampler.sample(prompts, cfg.samples, seeds, limit, cfg.temperature)

@@ -7458,14 +7458,12 @@ def seeds_of_runs(folder):
 
 def test_any_seed_runs_and_is_a_run_of_its_own(seeds_of_runs):
     [found] = seeds_of_runs[1]
-    assert found[0] == [[0, 4, 8, 12], [16, 20, 24, 28]]  # as the README's runs had them
-    assert found[1] == [[2**40 + seed for seed in step] for step in found[0]]
     given = []
     for seed, steps in found.items():
         assert [len(seeds) for seeds in steps] == [4, 4], seed
         given += sum(steps, [])
     assert len({seed + j for seed in given for j in range(4)}) == 4 * len(given)
-    assert all(0 <= seed < 2**63 for seed in given)
+    assert all(0 <= seed < 2**31 for seed in given)  # as many bits as a CPU's generators take
 
 
 @case(worlds=(1,))

@@ -408,9 +408,8 @@ MUTANTS = {
             ('run.optimizers["sft"].state.clear()', "pass"),
         ]),
         ("any_seed", [
-            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "(cfg.seed << 40) % 2**63"),
-            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "cfg.seed << 40"),
-            ("(cfg.seed << 40) % (2**63 - 1_000_000_007)", "evaluation.question_seed(cfg.seed, '')"),
+            ("question_seed(cfg.seed, str(run.state.drawn + i))", "question_seed(cfg.seed, str(i))"),
+            ("question_seed(cfg.seed, str(run.state.drawn + i))", "question_seed(0, str(run.state.drawn + i))"),
             ("manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)",
              "manual_seed(cfg.seed * 1_000_003 + state.sft_phases)"),
             ("1, [run.cfg.seed % 2**63], limit", "1, [run.cfg.seed], limit"),

@@ -311,18 +311,26 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 1024,
     top_k: int = 0,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """log softmax(hidden @ head_weight.T / temperature) at the targets, and that softmax's entropy.
+    """log softmax(logits / temperature) at the targets, and that softmax's entropy.
 
-    hidden [N, D] and head_weight [V, D] in one floating type, targets [N] int64 -> (logprobs [N],
-    entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs carry a gradient.
-    Logits exist for `chunk` vocabulary entries at a time and none is kept for the backward pass:
-    the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16 inputs). Targets
-    are in [0, V): labels of -100 are not refused, so pick hidden[mask] and targets[mask] first.
+    z = scale * (hidden @ head_weight.T + bias) are the logits; softcap * tanh(z / softcap) with a
+    soft cap. Phi's head has a bias, Cohere's and Granite's a scale, Gemma 2's a soft cap.
+
+    hidden [N, D], head_weight [V, D] and bias [V] in one floating type, targets [N] int64 ->
+    (logprobs [N], entropy [N]) in nats, float32 (float64 for float64 inputs); only logprobs carry a
+    gradient. Logits exist for `chunk` vocabulary entries at a time and none is kept for the
+    backward pass: the memory is 2 * chunk / V of that of all logits (3 * chunk / V for bfloat16
+    inputs). Targets are in [0, V): labels of -100 are not refused, so pick hidden[mask] and
+    targets[mask] first.
     With top_k > 0 a third tensor [N] follows: the probability that the top_k most probable tokens
     have together, without gradient.
     """
-    found = _TokenLogprobs.apply(hidden, head_weight, targets, temperature, chunk, top_k)
+    scaling = temperature, scale, softcap
+    found = _TokenLogprobs.apply(hidden, head_weight, bias, targets, scaling, chunk, top_k)
     return found if top_k > 0 else found[:2]
 
 
@@ -335,7 +343,7 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, chunk, top_k):
+    def forward(ctx, hidden, head_weight, bias, targets, scaling, chunk, top_k):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         # Of the logits z of the tiles so far, [N, 1] each: the largest, sum of e^(z - peak), sum of
         # e^(z - peak) * z, and the target's.
@@ -344,7 +352,7 @@ class _TokenLogprobs(torch.autograd.Function):
         moment = torch.zeros_like(peak)
         picked = torch.zeros_like(peak)
         top = peak.expand(-1, top_k)  # [N, top_k]: the largest logits of the tiles so far
-        tiles = _tiles(hidden, head_weight, targets, temperature, chunk, copies=2)
+        tiles = _tiles(hidden, head_weight, bias, targets, scaling, chunk, copies=2)
         for _, column, inside, logits, weights in tiles:
             picked += logits.gather(1, column) * inside
             if top_k > 0:
@@ -358,38 +366,51 @@ class _TokenLogprobs(torch.autograd.Function):
             peak = higher
         log_z = peak + total.log()
         entropy = (log_z - moment / total)[:, 0]
-        ctx.save_for_backward(hidden, head_weight, targets, log_z)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, head_weight, bias, targets, log_z)
+        ctx.scaling, ctx.chunk = scaling, chunk
         top_mass = (top - log_z).exp().sum(1)
         ctx.mark_non_differentiable(entropy, top_mass)
         return (picked - log_z)[:, 0], entropy, top_mass
 
     @staticmethod
     def backward(ctx, grad, *_):
-        hidden, head_weight, targets, log_z = ctx.saved_tensors
+        hidden, head_weight, bias, targets, log_z = ctx.saved_tensors
+        temperature, scale, softcap = ctx.scaling
         grad_hidden = torch.zeros_like(hidden, dtype=log_z.dtype)  # full precision over the tiles
         grad_weight = torch.empty_like(head_weight) if ctx.needs_input_grad[1] else None
-        grad = grad[:, None] / ctx.temperature  # [N, 1]
-        tiles = _tiles(hidden, head_weight, targets, ctx.temperature, ctx.chunk)
-        for part, column, inside, logits in tiles:
-            d_logits = logits.sub_(log_z).exp_().mul_(-grad)  # grad * (onehot - p) / temperature
-            d_logits = d_logits.scatter_add_(1, column, grad * inside).to(hidden.dtype)
+        grad_bias = torch.empty_like(bias) if ctx.needs_input_grad[2] else None
+        grad = grad[:, None] * scale / temperature  # [N, 1], by the head's outputs
+        copies = 1 if softcap is None else 2
+        tiles = _tiles(hidden, head_weight, bias, targets, ctx.scaling, ctx.chunk, copies)
+        for part, column, inside, logits, *more in tiles:
+            if softcap is not None:  # the cap's own slope: 1 - tanh^2
+                slope = torch.square(logits, out=more[0])
+                slope.mul_(-((temperature / softcap) ** 2)).add_(1)
+            d_logits = logits.sub_(log_z).exp_().mul_(-grad)
+            d_logits.scatter_add_(1, column, grad * inside)  # grad * (onehot - p)
+            if softcap is not None:
+                d_logits.mul_(slope)
+            if grad_bias is not None:
+                grad_bias[part] = d_logits.sum(0)
+            d_logits = d_logits.to(hidden.dtype)
             if hidden.dtype == grad_hidden.dtype:
                 grad_hidden.addmm_(d_logits, head_weight[part])
             else:
                 grad_hidden += d_logits @ head_weight[part]
             if grad_weight is not None:
                 torch.mm(d_logits.T, hidden, out=grad_weight[part])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None, None
 
 
-def _tiles(hidden, head_weight, targets, temperature: float, chunk: int, copies: int = 1):
+def _tiles(hidden, head_weight, bias, targets, scaling, chunk: int, copies: int):
     """The logits, `chunk` vocabulary entries at a time.
 
     Yields the slice of the vocabulary, each target's column in it, whether the target is in it at
     all, the logits [N, chunk], and `copies` - 1 more tensors like them. All tiles lie in the same
     buffers: fresh memory for each would cost a CPU more than the arithmetic on it.
     """
+    temperature, scale, softcap = scaling
+    factor = scale / (temperature if softcap is None else softcap)
     n = len(hidden)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     buffers = hidden.new_empty(copies, n * min(chunk, len(head_weight)), dtype=dtype)
@@ -400,11 +421,15 @@ def _tiles(hidden, head_weight, targets, temperature: float, chunk: int, copies:
         tiles = [buffer[: n * width].view(n, width) for buffer in buffers]
         if hidden.dtype == dtype:
             zero = hidden.new_zeros(())
-            torch.addmm(zero, hidden, weight.T, beta=0, alpha=1 / temperature, out=tiles[0])
+            torch.addmm(zero, hidden, weight.T, beta=0, alpha=factor, out=tiles[0])
         elif hidden.is_cuda:  # not rounded to bfloat16 first; CPUs have no such product
-            torch.mm(hidden, weight.T, out_dtype=dtype, out=tiles[0]).div_(temperature)
+            torch.mm(hidden, weight.T, out_dtype=dtype, out=tiles[0]).mul_(factor)
         else:
-            tiles[0].copy_(hidden @ weight.T).div_(temperature)
+            tiles[0].copy_(hidden @ weight.T).mul_(factor)
+        if bias is not None:
+            tiles[0].add_(bias[part], alpha=factor)
+        if softcap is not None:
+            tiles[0].tanh_().mul_(softcap / temperature)
         column = targets[:, None] - start  # [N, 1]
         inside = (column >= 0) & (column < width)
         yield part, column.clamp(0, width - 1), inside, *tiles

@@ -1065,9 +1065,12 @@ def head(n=13, d=5, v=17, dtype=torch.float64, scale=1.0):
     return hidden, randn(v, d, seed=2, dtype=dtype), targets
 
 
-def full_softmax(hidden, head_weight, targets, temperature):
+def full_softmax(hidden, head_weight, targets, temperature, bias=None, scale=1.0, softcap=math.inf):
     """Log-probabilities and entropies from all the logits at once."""
-    logs = torch.log_softmax(hidden @ head_weight.T / temperature, -1)
+    logits = scale * torch.nn.functional.linear(hidden, head_weight, bias)
+    if softcap < math.inf:
+        logits = softcap * torch.tanh(logits / softcap)
+    logs = torch.log_softmax(logits / temperature, -1)
     return logs[torch.arange(len(targets)), targets], -(logs.exp() * logs).sum(-1)
 
 
@@ -1090,6 +1093,53 @@ def test_token_logprobs_equal_the_full_softmax(chunk, temperature, dtype, tolera
     for gradient, right in zip(gradients, expected_gradients):
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, right, rtol=0, atol=10 * tolerance)
+
+
+# A bias, a scale and a cap that bites: the logits' deviation is 2 before scale and cap.
+HEADS = [
+    dict(biased=True),
+    dict(scale=0.125),
+    dict(scale=3.0),
+    dict(softcap=1.5),
+    dict(biased=True, scale=2.5, softcap=3.0),
+]
+
+
+@pytest.mark.parametrize("shape", HEADS, ids=lambda shape: "-".join(shape))
+@pytest.mark.parametrize("chunk", [1, 5, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_token_logprobs_of_other_heads(shape, chunk, temperature, dtype, tolerance):
+    shape = dict(shape)
+    hidden, weight, targets = head(dtype=dtype)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    if shape.pop("biased", False):
+        shape["bias"] = randn(17, seed=5, dtype=dtype, scale=2.0).requires_grad_()
+        leaves.append(shape["bias"])
+    upstream = randn(13, seed=4, dtype=dtype)
+    expected, expected_entropy = full_softmax(hidden, weight, targets, temperature, **shape)
+    expected_gradients = torch.autograd.grad(expected, leaves, upstream)
+    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, temperature, chunk, **shape)
+    torch.testing.assert_close(logprobs, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad(logprobs, leaves, upstream)
+    for gradient, right in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == dtype and right.abs().max() > 0.01
+        torch.testing.assert_close(gradient, right, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_token_logprobs_of_other_heads_by_hand():
+    # 2 * (0, ln 3) = (0, ln 9); a bias of ln 3 on the first: 2 * (ln 3, ln 3); capped at 1 both
+    # ways: (-tanh 1e3, tanh 1e3) = (-1, 1)
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [math.log(3)]])
+    bias, far = torch.tensor([math.log(3), 0.0]), torch.tensor([[-1e3], [1e3]])
+    for head_weight, shape, p in (
+        (weight, dict(scale=2.0), 0.1),
+        (weight, dict(scale=2.0, bias=bias), 0.5),
+        (far, dict(softcap=1.0), 1 / (1 + math.exp(2))),
+    ):
+        logprobs, _ = losses.token_logprobs(hidden, head_weight, torch.tensor([0]), **shape)
+        assert logprobs.item() == pytest.approx(math.log(p), abs=1e-6)
 
 
 def test_token_logprobs_by_hand():
@@ -1174,16 +1224,21 @@ def test_token_logprobs_with_a_tied_head():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
-def test_token_logprobs_in_bfloat16_stays_close_to_float32(temperature):
+@pytest.mark.parametrize("shape", [{}, dict(biased=True, scale=1.5, softcap=4.0)], ids=str)
+def test_token_logprobs_in_bfloat16_stays_close_to_float32(temperature, shape):
+    shape = dict(shape)
     hidden, weight, targets = head(n=600, d=64, v=500, scale=0.3)
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()  # the same rounded numbers for both
+    given = [hidden, weight] + [randn(500, seed=5)] * shape.pop("biased", False)
+    given = [tensor.bfloat16() for tensor in given]  # the same rounded numbers for both
     results, gradients = [], []
     for dtype in (torch.float32, torch.bfloat16):
-        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        logprobs, entropy = losses.token_logprobs(h, w, targets, temperature, 8)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in given]
+        h, w, *bias = leaves
+        shape["bias"] = bias[0] if bias else None
+        logprobs, entropy = losses.token_logprobs(h, w, targets, temperature, 8, **shape)
         assert logprobs.dtype == entropy.dtype == torch.float32
         results.append((logprobs, entropy))
-        gradients.append(torch.autograd.grad(logprobs.sum(), (h, w)))
+        gradients.append(torch.autograd.grad(logprobs.sum(), leaves))
     for right, rounded in zip(*results):
         assert (rounded - right).norm() / right.norm() < 0.01
     for right, rounded in zip(*gradients):
@@ -1230,7 +1285,7 @@ def test_logits_of_bfloat16_are_kept_in_float32_on_a_gpu(place):
     weight = torch.empty(20, 8, dtype=torch.bfloat16, device="meta").as_subclass(place)
     targets = torch.empty(6, dtype=torch.int64, device="meta")
     with ProductTypes() as products:
-        for _, _, _, logits in losses._tiles(hidden, weight, targets, 0.7, 8):
+        for _, _, _, logits in losses._tiles(hidden, weight, None, targets, (0.7, 1.0, None), 8, 1):
             assert logits.dtype == torch.float32
     assert products.found == 3 * [torch.float32 if place is OnCuda else torch.bfloat16]
 

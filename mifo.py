@@ -50,6 +50,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -66,6 +67,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval as evaluation
@@ -488,6 +490,7 @@ class Policy(nn.Module):
     def __init__(self, model: transformers.PreTrainedModel):
         super().__init__()
         self.model = model
+        self.scale, self.softcap = 1.0, None  # of its logits, found by check_logits
 
     def forward(
         self, tokens: Tensor, mask: Tensor, temperature: float, top_k: int = 0
@@ -499,12 +502,17 @@ class Policy(nn.Module):
         which causal attention never sees, so no attention mask is needed.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        hidden = self.model.model(
-            input_ids=inputs, use_cache=False
-        ).last_hidden_state  # [B, T-1, D]
-        head = self.model.lm_head.weight  # [V, D]
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        hidden = decoder(input_ids=inputs, use_cache=False).last_hidden_state  # [B, T-1, D]
         found = losses.token_logprobs(  # [N] each
-            hidden[mask], head, targets[mask], temperature, top_k=top_k
+            hidden[mask],
+            head.weight,
+            targets[mask],
+            temperature,
+            top_k=top_k,
+            bias=head.bias,
+            scale=self.scale,
+            softcap=self.softcap,
         )
         empty = torch.zeros(mask.shape, dtype=found[0].dtype, device=mask.device)
         return tuple(empty.masked_scatter(mask, values) for values in found)
@@ -785,9 +793,15 @@ def push_weights(run: Run) -> None:
 
 
 def full_weights(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each whole parameter, as the model's files name them. All ranks iterate."""
+    """(name, tensor) of each whole parameter, as the model's files name them. All ranks iterate.
+
+    Last come what is kept beside the parameters: biases of a mixture of experts' router, say.
+    """
     for name, parameter in policy.model.named_parameters():
         yield name, parameter.detach().to(dtype).full_tensor()
+    for name, tensor in policy.model.state_dict().items():
+        if not isinstance(tensor, DTensor):
+            yield name, tensor
 
 
 def probe_engine(run: Run) -> None:
@@ -813,7 +827,7 @@ def check_engine(run: Run, gap: float, where: str) -> None:
         raise Stopped(
             f"{run.sampler.name} and the trainer differ by {gap:.3g} in a token's log-probability, "
             f"on average over {where}, above the bound of {bound} (--probe-bound): "
-            "the engine does not hold the trainer's weights"
+            "the engine does not hold the trainer's weights, or does not compute what it does"
         )
 
 
@@ -853,7 +867,11 @@ def load_behavior(run: Run) -> Policy:
         remote = cfg.trust_remote_code
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=remote)
     say(f"PEAR: the behaviour model is {cfg.behavior_model or 'the policy before training'}")
-    return load_policy(cfg, name, config, run.mesh, run.dtype).requires_grad_(False)
+    try:
+        policy = load_policy(cfg, name, config, run.mesh, run.dtype, "--behavior-model")
+    except ValueError as error:
+        raise Stopped(str(error)) from None
+    return policy.requires_grad_(False)
 
 
 def pear_weights(cfg: Config, logprobs: Tensor, behavior: Tensor, mask: Tensor) -> Tensor:
@@ -2110,22 +2128,94 @@ def shards_of(cfg: Config, mesh):
     return mesh if cfg.replicas > 1 else mesh["shard"]
 
 
-def load_policy(cfg: Config, model_dir: str, config, mesh, dtype: torch.dtype) -> Policy:
-    """float32 weights sharded by FSDP2, a unit a layer, copied over replicas; `dtype` computes."""
+def load_policy(
+    cfg: Config, model_dir: str, config, mesh, dtype: torch.dtype, which: str = "--model"
+) -> Policy:
+    """float32 weights sharded by FSDP2, a unit a layer, copied over replicas; `dtype` computes.
+
+    Raises ValueError naming the flag if this is no model that Policy can compute.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, config=config, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code
     )
-    if cfg.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model).train()
+    # Without dropout, as the engine samples; transformers' own checkpointing needs train().
+    policy = Policy(model).eval()
     mesh = shards_of(cfg, mesh)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
+    for layer in layers_of(model):
+        if cfg.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     # A root left unsharded by a forward pass that no backward pass follows would hide its shards.
     fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
     model.to(mesh.device_type)  # buffers
+    try:
+        problem = check_logits(policy, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        line = str(error).strip().partition("\n")[0]
+        problem = f"its decoder and head do not run on tokens ({type(error).__name__}: {line})"
+    if problem:
+        name = type(model).__name__
+        raise ValueError(f"{which} {model_dir}: {name} cannot be trained here: {problem}")
     return policy
+
+
+def layers_of(model) -> nn.ModuleList:
+    """The decoder's layers: of all its lists of modules the one with the most parameters."""
+    lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=nn.ModuleList())
+
+
+@torch.no_grad()
+def check_logits(policy: Policy, dtype: torch.dtype) -> str:
+    """Why the policy does not compute what its model does; empty if it does.
+
+    In the first of two rows the model gets known numbers as its head's outputs: what becomes of
+    them tells policy.scale and policy.softcap. The second row's log-probabilities must then be
+    those of the model's own logits.
+    """
+    model = policy.model
+    head = model.get_output_embeddings()
+    device = head.weight.device
+    vocabulary = min(len(head.weight), len(model.get_input_embeddings().weight))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (2, 17), generator=generator).to(device)
+    tokens[0, :9] = tokens[1, :9]  # the rows differ from the middle on
+    known = torch.cat([torch.tensor([2.0**-10, 2.0**30]), torch.linspace(-100, 100, 14)])
+    known = known.to(device)[:, None]  # [16, 1]
+
+    def give_known(module, args, out):
+        return torch.cat([known.expand(1, *out.shape[1:]), out[1:].float()])
+
+    everywhere = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    policy(tokens, everywhere, 1.0)  # as FSDP's root, before the model inside is called by itself
+    policy.unshard()
+    with head.register_forward_hook(give_known):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits.float()  # [2, 16, V]
+    policy.reshard()
+    policy.scale = (logits[0, 0, 0] / known[0]).item()  # the small one is not capped
+    limit = logits[0, 1, 0].item()  # the large one is
+    policy.softcap = limit if limit < 0.5 * policy.scale * known[1] else None
+    expected = known * policy.scale
+    if policy.softcap is not None:
+        expected = policy.softcap * torch.tanh(expected / policy.softcap)
+    expected = expected.expand(16, len(head.weight))
+    if logits[0].shape != expected.shape or not torch.allclose(logits[0], expected, rtol=1e-4):
+        return "its logits are not its head's outputs, nor scaled or soft-capped ones"
+
+    if not logits[1].isfinite().all():
+        return "its logits are not finite"
+    logprobs, _ = policy(tokens, everywhere, 1.0)  # [2, 16]
+    own = logits[1].log_softmax(-1)  # [16, V]
+    own_logprobs = own.gather(1, tokens[1, 1:, None])[:, 0]
+    bound = 1e-5 + own_logprobs.std() * (1e-3 if dtype == torch.float32 else 0.05)
+    if not (logprobs[1] - own_logprobs).abs().mean() <= bound:
+        return "its head's inputs are not its decoder's outputs"
+    if not (logprobs[0, :8] - logprobs[1, :8]).abs().mean() <= bound:
+        return "a token's log-probability depends on the tokens after it"
+    return ""
 
 
 def open_model(cfg: Config, rank: int):
@@ -2171,20 +2261,37 @@ def edit_config(cfg: Config, config) -> dict:
     Returns what was set, for the engine, which reads the configuration by itself.
     """
     edits = {}
+    bases = rotary_bases(config)
+    if cfg.rope_theta and len(bases) != 1:
+        bases = ", ".join(f"{base:,.0f}" for base in bases) or "none"
+        raise ValueError(
+            f"--rope-theta sets a model's one rotary base; those of {config.model_type}: {bases}"
+        )
+    if cfg.max_position_embeddings and not bases:
+        raise ValueError(
+            f"--max-position-embeddings needs rotary positions, and {config.model_type} has others"
+        )
     if cfg.rope_theta:
         edits["rope_parameters"] = {**config.rope_parameters, "rope_theta": cfg.rope_theta}
     if cfg.max_position_embeddings:
         edits["max_position_embeddings"] = cfg.max_position_embeddings
     for name, value in edits.items():
         setattr(config, name, value)
-    context = getattr(config, "max_position_embeddings", math.inf)
+    context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if cfg.max_prompt + cfg.max_response > context:
         raise ValueError(
             f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response} do not fit in "
-            f"the model's context of {context} tokens: lower them, or extend it by "
-            "--max-position-embeddings and --rope-theta"
+            f"the model's context of {context} tokens: lower them"
+            + (", or extend it by --max-position-embeddings and --rope-theta" if bases else "")
         )
     return edits
+
+
+def rotary_bases(config) -> list[float]:
+    """Of a model's rotary positions: none where it has others, several where layers differ."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    parts = [found, *(part for part in found.values() if isinstance(part, dict))]
+    return sorted({part["rope_theta"] for part in parts if "rope_theta" in part})
 
 
 def first_day(cfg: Config) -> datetime.date:
@@ -2280,6 +2387,16 @@ def try_rewards(rewards, questions, benches, tokenizer) -> dict[str, float]:
     return evaluation.try_rewards(rewards, shown(questions), tokenizer)
 
 
+def described(config) -> str:
+    config = config.get_text_config()
+    text = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
+    if context := getattr(config, "max_position_embeddings", None):
+        text += f", context {context:,}"
+    if bases := rotary_bases(config):
+        text += ", rotary base " + " and ".join(f"{base:,.0f}" for base in bases)
+    return text
+
+
 def dry_run(cfg: Config) -> str:
     """Resolves model, tokenizer, data and benchmarks as a run would, and says what it found.
 
@@ -2316,9 +2433,7 @@ def dry_run(cfg: Config) -> str:
         judged = [f"answers    of kind {question.kind}: looked for in {place}"]
     return "\n".join(
         [
-            f"model      {model_dir}: {config.model_type}, {config.num_hidden_layers} layers of "
-            f"width {config.hidden_size}, context {config.max_position_embeddings:,}, rotary base "
-            f"{config.rope_parameters['rope_theta']:,.0f}; its weights were not read",
+            f"model      {model_dir}: {described(config)}; its weights were not read",
             f"tokenizer  {type(tokenizer).__name__}, {len(tokenizer):,} tokens, {template} a chat "
             f"template; a response ends with {ends}",
             f"sampler    on this machine {'PyTorch: ' + problem if problem else 'vLLM'}",

@@ -57,7 +57,8 @@ def make_sampler(
     The sampler's .name and .why say which it is and why. max_len counts prompt and response.
     kv_cache_gib sizes vLLM's cache on a CPU, gpu_memory_utilization its share of a GPU.
     config_edits are set in the model's configuration. Under torchrun, call it after the process
-    group is initialised. Raises ValueError if kind is vllm and vLLM cannot run.
+    group is initialised. Raises ValueError if kind is vllm and vLLM cannot run, or if the PyTorch
+    sampler cannot sample from the model.
     """
     problem = None if kind == "torch" else vllm_problem()
     if kind == "vllm" and problem:
@@ -361,9 +362,20 @@ class TorchSampler:
             self.model.set_attn_implementation("grouped")
         if self.device == "cpu" and dtype == torch.float32:
             _transpose_weights(self.model)
-        self.max_len, self.max_num_seqs = max_len, max_num_seqs
         self.eos = torch.tensor(list(eos_ids), device=self.device)
         self.name = f"torch ({self.device})"
+        self.max_len, self.max_num_seqs = 8, 4
+        try:  # not every model has a cache that can be padded, repeated and cut
+            self.sample([[0], [0, 0]], 2, [0, 0], 3, 1.0)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"--sampler torch cannot sample from {type(model).__name__} ({reason}); "
+                "--sampler vllm may"
+            ) from None
+        self.max_len, self.max_num_seqs = max_len, max_num_seqs
 
     def sample(
         self,
@@ -479,9 +491,9 @@ class TorchSampler:
 
     @torch.no_grad()
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = dict(self.model.named_parameters())
+        held = self.model.state_dict()
         for name, tensor in weights:
-            parameters[name].copy_(tensor)
+            held[name].copy_(tensor)
 
 
 # --------------------------------------------------------------------------------------------------

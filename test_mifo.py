@@ -5142,6 +5142,22 @@ def test_memory_plan_shards_over_one_replica_and_counts_the_longest_row(monkeypa
         plan_of(monkeypatch, PLAN_7B, "--gpu-memory-utilization", "0.2")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "gpt_neox", "qwen3_moe"])
+def test_memory_plan_of_other_architectures_counts_their_parameters(kind, monkeypatch):
+    known = transformers.AutoConfig.for_model(kind)
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    cfg = recipe_named(monkeypatch, "qwen2.5-math-7b")
+    sizes = {what: size for what, size, _ in plan.memory_plan(cfg, config, 1, 79.0)}
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sizes["weights, float32"] * 2**30 == 4 * parameters
+    of_a_block = [
+        p for name, p in model.named_parameters() if re.search(r"\.(h|layers)\.0\.", name)
+    ]
+    assert sizes["two layers gathered"] * 2**30 == 4 * sum(p.numel() for p in of_a_block)
+
+
 def plan_kept_bytes(shape: dict, layers: int, checkpointing: bool) -> int:
     """What autograd keeps of a forward pass over 256 tokens, beside the parameters."""
     config = transformers.Qwen2Config(**shape, num_hidden_layers=layers)
@@ -5352,6 +5368,39 @@ def test_dry_run_shows_the_reward_of_the_first_demonstration(dry_folder, monkeyp
         flags = dry_flags(dry_folder, "--reward", own(name))
         with pytest.raises(ValueError, match=message):
             mifo.dry_run(recipe_config(monkeypatch, *flags))
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, said",
+    [
+        ("gpt2", {}, "gpt2, 12 layers of width 768, context 1,024"),
+        ("bloom", {}, "bloom, 2 layers of width 64"),
+        ("phi", {}, "phi, 24 layers of width 2048, context 2,048, rotary base 10,000"),
+        (
+            "gemma3_text",
+            dict(num_hidden_layers=4),
+            "gemma3_text, 4 layers of width 2304, context 131,072, rotary base 10,000 and 1,000,000",
+        ),
+    ],
+)
+def test_a_model_is_described_by_what_its_configuration_has(kind, sizes, said):
+    assert mifo.described(transformers.AutoConfig.for_model(kind, **sizes)) == said
+
+
+@pytest.mark.parametrize(
+    "kind, settings, said",
+    [
+        ("gpt2", dict(rope_theta=1e6), "--rope-theta .*; those of gpt2: none"),
+        ("gemma3_text", dict(rope_theta=1e6), "--rope-theta .*: 10,000, 1,000,000"),
+        ("gpt2", dict(max_position_embeddings=4096), "--max-position-embeddings needs rotary"),
+        ("gpt2", {}, "context of 1024 tokens: lower them$"),
+        ("phi", {}, "lower them, or extend it by --max-position-embeddings and --rope-theta$"),
+    ],
+)
+def test_a_context_is_extended_by_rotary_positions_alone(kind, settings, said):
+    config = transformers.AutoConfig.for_model(kind)
+    with pytest.raises(ValueError, match=said):
+        mifo.edit_config(mifo.Config(max_prompt=1000, max_response=3000, **settings), config)
 
 
 def test_dry_run_as_a_command(dry_folder):
@@ -7564,6 +7613,314 @@ def test_the_global_generators_are_put_back_even_if_the_engine_fails():
         raise MemoryError
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert after == before
+
+
+# --------------------------------------------------------------------------------------------------
+# Architectures: tiny random models, whose heads are scaled up so that a missed scale or cap shows
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    moe_intermediate_size=24,
+    num_experts=4,
+    num_local_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    bos_token_id=None,
+    eos_token_id=1,
+    pad_token_id=None,
+)
+DEEPSEEK = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8)
+DEEPSEEK |= dict(v_head_dim=8, n_group=2, topk_group=1, num_key_value_heads=4)
+ARCHITECTURES = {  # model type -> what a tiny one needs beside SIZES
+    "apertus": {},
+    "arcee": {},
+    "bloom": {},
+    "cohere": dict(logit_scale=0.25),
+    "cohere2": dict(logit_scale=0.25, sliding_window=4),
+    "deepseek_v3": DEEPSEEK,
+    "ernie4_5": {},
+    "exaone4": dict(sliding_window=4),
+    "falcon": {},
+    "gemma": {},
+    "gemma2": dict(final_logit_softcapping=5.0, sliding_window=4),
+    "gemma3_text": dict(sliding_window=4),
+    "glm": {},
+    "glm4": {},
+    "glm4_moe": dict(n_group=2, topk_group=1, first_k_dense_replace=1),
+    "gpt2": dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),
+    "gpt_bigcode": {},
+    "gpt_neox": dict(hidden_dropout=0.3),
+    "gpt_oss": dict(sliding_window=4),
+    "granite": dict(logits_scaling=0.25),
+    "granitemoe": dict(logits_scaling=0.25),
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": dict(logits_scaling=3.0),
+    "llama": {},
+    "mistral": dict(sliding_window=4),
+    "mixtral": dict(router_jitter_noise=0.3),
+    "nanochat": dict(final_logit_softcapping=5.0),
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": dict(sliding_window=4),
+    "olmoe": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.3, layerdrop=0.3),
+    "phi": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen2_moe": dict(shared_expert_intermediate_size=24),
+    "qwen3": {},
+    "qwen3_moe": {},
+    "seed_oss": dict(attention_dropout=0.3, residual_dropout=0.3),
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": dict(residual_dropout=0.3, embedding_dropout=0.3),
+}
+HEAD_OF = {  # scale and cap of the logits, where they are not 1 and none
+    "cohere": (0.25, None),
+    "cohere2": (0.25, None),
+    "gemma2": (1.0, 5.0),
+    "granite": (4.0, None),  # logits_scaling divides
+    "granitemoe": (4.0, None),
+    "hyperclovax": (3.0, None),  # here it multiplies
+    "nanochat": (1.0, 5.0),
+}
+ON_TWO_RANKS = ("gemma2", "gpt2", "granitemoe", "opt", "phi")
+
+
+def tiny_architecture(folder: Path, kind: str, **settings) -> tuple:
+    """The model, and the folder where it lies."""
+    known = transformers.AutoConfig.for_model(kind)
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    if kind == "falcon":  # its head size follows from the others
+        del sizes["head_dim"]
+    config = transformers.AutoConfig.for_model(kind, **(sizes | settings))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        for name, buffer in model.named_buffers():  # a trained one's balances its experts
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer))
+        model.get_output_embeddings().weight.mul_(8)
+    model.save_pretrained(folder / kind)  # by rank 0 alone
+    dist.barrier()
+    return model.eval(), str(folder / kind)
+
+
+def load_tiny(folder: str, **settings) -> mifo.Policy:
+    cfg = mifo.Config(**settings)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    mesh = mifo.make_mesh(cfg, "cpu", int(os.environ["WORLD_SIZE"]))
+    return mifo.load_policy(cfg, folder, config, mesh, torch.float32)
+
+
+def process_group() -> None:
+    dist.is_initialized() or dist.init_process_group("gloo")
+
+
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+    return found
+
+
+def train_and_sample(model, folder: str, activation_checkpointing: bool) -> dict:
+    """Policy and full logits on padded rows; then a step, a push, and what the sampler samples."""
+    found = {}
+    policy = load_tiny(folder, activation_checkpointing=activation_checkpointing)
+    tokens = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(11) >= torch.tensor([[3], [5], [0]])
+    mask &= torch.arange(11) < torch.tensor([[11], [8], [6]])
+    upstream = randn(3, 11, seed=2, dtype=torch.float32)
+    temperature = 0.8
+    found["ours"] = policy(tokens, mask, temperature)
+    (found["ours"][0] * upstream).sum().backward()
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    found["largest logit"] = logits.abs().max().item()
+    logs = (logits / temperature).log_softmax(-1)
+    logprobs = logs.gather(2, tokens[:, 1:, None])[..., 0] * mask
+    found["full"] = logprobs, -(logs.exp() * logs).sum(-1) * mask
+    (logprobs * upstream).sum().backward()
+    found["gradients"] = gradients_of(policy.model), gradients_of(model)
+    found = {name: detached(value) for name, value in found.items()}
+    found["head"] = policy.scale, policy.softcap
+
+    for p in policy.parameters():  # a step on shards; an optimizer's first on DTensors is slow
+        if p.grad is not None:
+            p.detach().to_local().sub_(p.grad.to_local().sign(), alpha=0.01)
+    whole = dict(mifo.full_weights(policy, torch.float32))
+    policy.model.save_pretrained(folder + "-trained", state_dict=whole)
+    dist.barrier()
+    trained = float_model(folder + "-trained", torch.float32).eval()
+    sampler = rollout.make_sampler(
+        "torch", folder, max_len=40, dtype=torch.float32, eos_ids=[1], max_num_seqs=4
+    )
+    sampler.push(whole.items())
+    prompts = [[5, 9, 33], [7], [2, 60, 8, 8, 41]]
+    groups = sampler.sample(prompts, 2, [0, 10, 20], 6, temperature)
+    found["sampled"] = []
+    for prompt, samples in zip(prompts, groups):
+        for s in samples:
+            logprobs, _ = response_logprobs(trained, prompt, s.tokens, temperature)
+            found["sampled"].append((s.logprobs, logprobs.tolist()))
+    return found
+
+
+def detached(value):
+    """Any nest of tensors, without the graph, so that it can be saved."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(map(detached, value))
+    return value
+
+
+@case()
+def architectures(folder):
+    process_group()
+    found = {}
+    for i, kind in enumerate(ON_TWO_RANKS if dist.get_world_size() == 2 else ARCHITECTURES):
+        try:
+            model, path = tiny_architecture(folder, kind, **ARCHITECTURES[kind])
+            found[kind] = train_and_sample(model, path, activation_checkpointing=i % 2 == 0)
+        except Exception:
+            found[kind] = traceback.format_exc()
+    return found
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_architectures_train_on_their_own_logits(architectures, kind):
+    for world in (1, 2) if kind in ON_TWO_RANKS else (1,):
+        for found in architectures[world]:
+            found = found[kind]
+            assert not isinstance(found, str), found
+            assert found["largest logit"] > 4
+            for ours, full in zip(found["ours"], found["full"]):
+                torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
+            ours, full = found["gradients"]
+            assert ours.keys() == full.keys()
+            for name in full:
+                torch.testing.assert_close(ours[name], full[name], rtol=1e-3, atol=2e-4, msg=name)
+            for samplers, exported in found["sampled"]:  # after a step on the trainer's side
+                assert samplers == pytest.approx(exported, abs=1e-4)
+            scale, softcap = HEAD_OF.get(kind, (1.0, None))
+            assert found["head"] == (pytest.approx(scale, rel=1e-6), softcap)
+
+
+def activations_kept(policy, tokens, mask) -> tuple[int, dict[str, torch.Tensor]]:
+    """Elements that a forward pass keeps for the backward pass, and the gradients of the latter."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logprobs, _ = policy(tokens, mask, 1.0)
+    logprobs.sum().backward()
+    return sum(kept), gradients_of(policy.model)
+
+
+@case()
+def dropout(folder):
+    process_group()
+    tokens = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 29, dtype=torch.bool)
+    found = {}
+    for kind in ("gpt2", "seed_oss"):
+        _, path = tiny_architecture(folder / "dropout", kind, **ARCHITECTURES[kind])
+        policy = load_tiny(path)
+        passes = [policy(tokens, mask, 1.0)[0].detach() for _ in range(2)]
+        recomputing = load_tiny(path, activation_checkpointing=True)
+        both = [activations_kept(p, tokens, mask) for p in (policy, recomputing)]
+        found[kind] = passes, both
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "seed_oss"])
+def test_dropout_is_off_in_training_with_activations_kept_or_recomputed(dropout, kind):
+    for world in (1, 2):
+        for found in dropout[world]:
+            passes, ((kept, gradients), (kept_of_inputs, recomputed)) = found[kind]
+            assert torch.equal(*passes)
+            assert kept_of_inputs < 0.5 * kept
+            torch.testing.assert_close(recomputed, gradients)
+
+
+UNKNOWN_HEADS = {  # what makes Llama's logits instead -> the reason of the refusal
+    "hidden states scaled": (lambda head, h: head(h / 1.2), "inputs are not its decoder's outputs"),
+    "another norm": (lambda head, h: head(h - h.mean(-1, keepdim=True)), "decoder's outputs"),
+    "clamped": (lambda head, h: head(h).clamp(-9, 9), "not its head's outputs"),
+    "another cap": (lambda head, h: 9 * torch.atan(head(h) / 9), "not its head's outputs"),
+    "fewer": (lambda head, h: head(h)[..., 1:], "not its head's outputs"),
+    "some never": (
+        lambda head, h: head(h).index_fill(-1, torch.tensor([3]), -1e9),
+        "not its head's outputs",
+    ),
+    "broken": (lambda head, h: head(h * math.nan), "its logits are not finite"),
+    "as it should be": (lambda head, h: head(h), ""),
+}
+
+
+def why_refused(folder: str) -> str:
+    try:
+        load_tiny(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@case()
+def refused_models(folder):
+    process_group()
+    found = {}
+    _, path = tiny_architecture(folder / "refused", "llama")
+    for name, (logits_of, _) in UNKNOWN_HEADS.items():
+
+        def forward(self, input_ids, use_cache, logits_of=logits_of):
+            hidden = self.model(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+            return types.SimpleNamespace(logits=logits_of(self.lm_head, hidden))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+            found[name] = why_refused(path)
+    found["looks ahead"] = why_refused(tiny_architecture(folder, "bert-generation")[1])
+    found["bert"] = why_refused(tiny_architecture(folder, "bert", is_decoder=True)[1])
+    _, mamba = tiny_architecture(folder, "mamba")
+    found["mamba"] = why_refused(mamba)
+    try:
+        rollout.make_sampler("torch", mamba, max_len=40, dtype=torch.float32, eos_ids=[1])
+    except ValueError as error:
+        found["mamba's sampler"] = str(error)
+    return found
+
+
+def test_models_that_the_policy_would_compute_otherwise_are_refused_in_a_line(refused_models):
+    for found in refused_models[1] + refused_models[2]:
+        expected = {name: said for name, (_, said) in UNKNOWN_HEADS.items()}
+        expected |= {
+            "looks ahead": "depends on the tokens after it",
+            "bert": "decoder's outputs",
+            "mamba": "",
+            "mamba's sampler": "--sampler torch cannot sample from MambaForCausalLM",
+        }
+        for name, said in expected.items():
+            line = found[name]
+            assert said in line and bool(said) == bool(line) and "\n" not in line, (name, line)
+        clamped = found["clamped"]
+        assert clamped.startswith("--model /") and "LlamaForCausalLM cannot be trained" in clamped
 
 
 # --------------------------------------------------------------------------------------------------

@@ -230,6 +230,22 @@ MUTANTS = {
         ]),
     ],
     "mifo.py": [
+        ("architectures_train or dropout_is or would_compute", [  # Policy, load_policy, check_logits
+            ("            bias=head.bias,", "            bias=None,"),
+            ("            scale=self.scale,", "            scale=1.0,"),
+            ("            softcap=self.softcap,", "            softcap=None,"),
+            ("policy = Policy(model).eval()", "policy = Policy(model).train()"),
+            ("layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)", "pass"),
+            ("(logits[0, 0, 0] / known[0]).item()", "1.0"),
+            ("limit if limit < 0.5 * policy.scale * known[1] else None", "None"),
+            ("if not logits[1].isfinite().all():", "if False:"),
+            ("tokens[0, :9] = tokens[1, :9]", "tokens[:] = tokens[1]"),
+            ("if logits[0].shape != expected.shape or not", "if not"),
+            ("logits[0].shape != expected.shape or not torch.allclose(logits[0], expected, rtol=1e-4)",
+             "logits[0].shape != expected.shape"),
+            ("if not (logprobs[1] - own_logprobs).abs().mean() <= bound", "if False"),
+            ("        if not isinstance(tensor, DTensor):", "        if False:"),
+        ]),
         ("gradients_of_an_rl_step or second_update or order_of_rl", [  # rl_update, Policy
             ('"token": sum(len(r.tokens) for r in counted)', '"token": len(counted)'),
             ('"sequence": len(counted),', '"sequence": len(responses),'),

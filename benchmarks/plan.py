@@ -61,16 +61,16 @@ class Shape:
             )
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        parameters = count_parameters(model)
+        parameters, layers = count_parameters(model), mifo.layers_of(model)
         return cls(
             parameters=parameters,
-            block=count_parameters(model.model.layers[0]),
-            root=parameters - count_parameters(model.model.layers),
+            block=count_parameters(layers[0]),
+            root=parameters - count_parameters(layers),
             layers=config.num_hidden_layers,
             width=config.hidden_size,
-            inner=config.intermediate_size,
+            inner=getattr(config, "intermediate_size", 4 * config.hidden_size),
             heads=heads,
-            kv=config.num_key_value_heads * head_dim,
+            kv=getattr(config, "num_key_value_heads", heads) * head_dim,
             vocab=config.vocab_size,
         )
 

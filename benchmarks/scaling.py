@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import step
+import mifo
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def sizes(folder: str) -> dict[str, list]:
             run = step.our_run(small_model(folder, layers), rows, *FLAGS)
             samples = step.responses(run, rows)
             seconds = [timed_step(run, which, samples) for _ in range(4)]
-            in_layers = sum(p.numel() for p in run.policy.model.model.layers.parameters())
+            in_layers = sum(p.numel() for p in mifo.layers_of(run.policy.model).parameters())
             found[what].append((unit * n or in_layers, statistics.median(seconds[1:])))
             run.checker.close()
             dist.destroy_process_group()

@@ -1804,7 +1804,7 @@ def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
             local, run.map_mesh, like.placements, run_check=False, shape=shape, stride=stride
         )
 
-    tensors = {f"rng/{run.rank}": torch.get_rng_state()}
+    tensors = {}
     for i, (name, p) in enumerate(run.policy.model.named_parameters()):
         tensors[f"weight/{name}"] = p.detach()
         if run.importance:
@@ -1816,12 +1816,9 @@ def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
     return tensors
 
 
-def file_of_each(tensors: dict[str, Tensor], world: int) -> dict[str, int]:
-    """Which of a rank's files a tensor goes to: about 1 GiB each, for a file is built in memory.
-
-    The first rank's answer is that of all, so it has the names that only the others have.
-    """
-    files, size = {f"rng/{rank}": 1 for rank in range(world)}, 0
+def file_of_each(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which of a rank's files a tensor goes to: about 1 GiB each, for a file is built in memory."""
+    files, size = {}, 0
     for name, tensor in tensors.items():
         files[name] = 1 + size // 2**30
         size += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
@@ -1844,7 +1841,7 @@ def save_checkpoint(run: Run) -> None:
         with together(run):
             tensors = checkpoint_tensors(run)
             writer = dcp.HuggingFaceStorageWriter(
-                str(part / "state"), file_of_each(tensors, run.world), save_distributed=True
+                str(part / "state"), file_of_each(tensors), save_distributed=True
             )
             dcp.save(tensors, storage_writer=writer)
         weights = full_weights(run.policy, run.dtype)
@@ -1993,12 +1990,7 @@ def load_checkpoint(run: Run, folder: Path) -> None:
                 moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": step, **moments}
     tensors = checkpoint_tensors(run)
-    rng = f"rng/{run.rank}"
-    if rng not in names:  # there are more ranks now
-        del tensors[rng]
     dcp.load(tensors, storage_reader=reader)
-    if rng in names:
-        torch.set_rng_state(tensors[rng])
     if run.rank == 0:
         for name in LOGS:
             cut_back(Path(run.cfg.out, name), run.state.step)
@@ -2089,7 +2081,6 @@ def set_up(cfg: Config) -> Run:
     shards = [p.detach().to_local() for p in policy.parameters()] if freezes(cfg) else []
     # Pinned, or each SFT step's copies to the GPU would be slow.
     like = {"device": map_device, "pin_memory": offloaded}
-    torch.manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)  # of dropout, where a model has it
     return Run(
         cfg=cfg,
         rank=rank,

@@ -5778,8 +5778,7 @@ def checkpoint_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, rows in parts.items():
         ordered = [rows[first] for first in sorted(rows)]
-        if not name.startswith("rng/"):
-            tensors[name] = torch.cat(ordered) if ordered[0].ndim else ordered[0]
+        tensors[name] = torch.cat(ordered) if ordered[0].ndim else ordered[0]
     return tensors
 
 

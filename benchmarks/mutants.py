@@ -436,8 +436,6 @@ MUTANTS = {
             ("manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)",
              "manual_seed(cfg.seed * 1_000_003 + state.sft_phases)"),
             ("1, [run.cfg.seed % 2**63], limit", "1, [run.cfg.seed], limit"),
-            ("manual_seed((cfg.seed * 1_000_003 + rank) % 2**63)",
-             "manual_seed(cfg.seed * 1_000_003 + rank)"),
         ]),
         ("exported_model or keeps_the_day", [
             ("    generation.eos_token_id = run.eos_ids", "    pass"),

@@ -36,7 +36,7 @@ HALF_B = {  # Qwen2.5-0.5B's
     "tie_word_embeddings": True,
 }
 SHORT = ["--steps=6", "--buffer-size=8", "--eval-every=3"]
-SHORT_CPU = ["--steps=3", "--buffer-size=4", "--eval-every=0", "--questions=8", "--samples=4",
+SHORT_CPU = ["--steps=3", "--buffer-size=8", "--eval-every=0", "--questions=16",
              "--sft-epochs=1", "--max-num-seqs=64", "--kv-cache-gib=0.1"]  # fmt: skip
 LONG = ["--steps=4", "--max-response=2048", "--questions=16", "--micro-tokens=16384"]
 LONG_CPU = ["--steps=2", "--max-response=64", "--questions=8", "--micro-tokens=4096"]
@@ -181,7 +181,7 @@ def found_in_metrics(folder: Path, float32: bool) -> Rows:
         gaps = column(f"engine/{name}_difference")
         bound = most if name != "max" else ""
         if gaps:
-            rows.append((f"|engine - trainer|, {name}", each(gaps, ".1e"), bound))
+            rows.append((f"engine less trainer, {name}", each(gaps, ".1e"), bound))
     rows.append(("RL steps, SFT steps", f"{len(column('rl/loss'))}, {len(column('sft/loss'))}", ""))
     for name in ("sft/frozen_share", "sft/frozen_movement"):
         if found := column(name):

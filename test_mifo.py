@@ -5609,6 +5609,9 @@ class StandInChecker:
         odd = [zlib.crc32(text.encode()) % 2 for text in texts]
         return ["correct" if int(gold) % 3 and o else "wrong" for gold, o in zip(golds, odd)]
 
+    def check_golds(self, golds, kinds):
+        return ["correct"] * len(golds)
+
     def close(self):
         pass
 
@@ -8810,6 +8813,40 @@ def test_a_budget_is_spent_and_then_no_sft_phase_begins(presets, world):
     assert states[-1]["rl_steps"] - states[spent]["rl_steps"] >= 2
     stage = checkpoint_state(checkpoints_of(presets[world][0]["budget-stage"])[-1])
     assert len(stage["demonstrations"]) == len(set(stage["demonstrations"])) == 6
+
+
+@case()
+def family_resumed(folder):
+    """By preset: a run's folder, and that of one that went on from its third checkpoint."""
+    found = {}
+    for name in ("alternate", "budget-stage"):
+        straight, out = train_preset(folder, name), folder / f"resumed-{name}"
+        third = checkpoints_of(straight)[2]
+        run = open_run(out, **PRESETS[name])
+        if run.rank == 0:
+            for log in mifo.LOGS:
+                if (straight / log).exists():
+                    shutil.copy(straight / log, out / log)
+        mifo.barrier(run)
+        mifo.load_checkpoint(run, third)
+        mifo.train(run)
+        found[name] = straight, out
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("name", ["alternate", "budget-stage"])
+def test_coin_budget_and_holdout_go_on_after_a_checkpoint(family_resumed, world, name):
+    straight, resumed = family_resumed[world][0][name]
+    assert metrics_of(straight) == metrics_of(resumed)
+    for log in ("holdout.jsonl", "demonstrations.jsonl", "samples.jsonl"):
+        assert json_lines(straight / log) == json_lines(resumed / log), log
+    a, b = (checkpoints_of(folder)[-1] for folder in (straight, resumed))
+    tensors = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    a, b = checkpoint_state(a), checkpoint_state(b)
+    assert a | {"seconds": 0} == b | {"seconds": 0}
 
 
 def test_what_a_budget_still_pays_for():

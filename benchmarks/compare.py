@@ -237,11 +237,11 @@ def redraw(folders: list[Path]) -> None:
     for folder in folders:
         if not (folder / "metrics.jsonl").exists():
             raise ValueError(f"{folder}: not the folder of a run: it has no metrics.jsonl")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import mifo  # here: it takes seconds
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # for eval.py, which it imports
+    import pictures
 
     for folder in folders:
-        mifo.draw_pictures(folder)
+        pictures.draw(folder)
         print(f"drawn: {', '.join(sorted(map(str, folder.glob('*.png'))))}")
 
 

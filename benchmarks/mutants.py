@@ -317,13 +317,10 @@ MUTANTS = {
             ("run.state.sft_queue[0][:SHOWN]", "run.state.sft_queue[-1][:SHOWN]"),
             ("top_entropy_mask(entropy, part.mask, run.cfg.rho)", "top_entropy_mask(entropy, part.mask, 1)"),
         ]),
-        ("pears_shares or phase_changed or are_placed", [
+        ("pears_shares or are_placed", [
             ("for part in parts[end:]]", "for part in parts[end - 1 :]]"),
             ("(logs < cfg.pear_weight_low + rounding)", "(logs < cfg.pear_weight_low)"),
             ("(logs > cfg.pear_weight_high - rounding)", "(logs > cfg.pear_weight_high)"),
-            ("kept = sum(map(min, then, now))", "kept = sum(now)"),
-            ("(sum(now) - kept) / answers", "(sum(then) - kept) / answers"),
-            ("answers += eval_k * len(", "answers += len("),
         ]),
         ("test_preset or budget or coin or held_out or pass_at", [
             ("            begin_sft(run, stage(run))", "            begin_sft(run, sorted(run.demonstrated))"),
@@ -527,6 +524,13 @@ MUTANTS = {
             ("return max(1, min(self.max_num_seqs, ", "return max(1, max(self.max_num_seqs, "),
             ("positions = length + length // 2 + 32", "positions = length"),
             ("    finally:\n        random", "    except ZeroDivisionError:\n        random"),
+        ]),
+    ],
+    "benchmarks/pictures.py": [
+        ("phase_changed", [  # around_sft_phases
+            ("kept = sum(map(min, then, now))", "kept = sum(now)"),
+            ("(sum(now) - kept) / answers", "(sum(then) - kept) / answers"),
+            ("answers += eval_k * len(", "answers += len("),
         ]),
     ],
     "eval.py": [

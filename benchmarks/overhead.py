@@ -28,7 +28,7 @@ def main() -> None:
     os.environ.update(step.ALONE)
     import mifo
 
-    train, draw = mifo.train, mifo.draw_pictures
+    train, draw = mifo.train, mifo.pictures.draw
     start, seconds = 0.0, {"draw": 0.0}
 
     def timed_train(run):
@@ -43,7 +43,7 @@ def main() -> None:
         draw(*args)
         seconds["draw"] += time.perf_counter() - begun
 
-    mifo.train, mifo.draw_pictures = timed_train, timed_draw
+    mifo.train, mifo.pictures.draw = timed_train, timed_draw
     if code := mifo.main():
         os._exit(code)
     loop = time.perf_counter() - start

@@ -3061,8 +3061,8 @@ def test_gsm8k_and_math500_are_read_whole(chat_tokenizer, tmp_path):
     unverified = q.dropped.pop("demonstration does not verify against its gold answer")
     # The stub is stricter than the checker.
     assert len(q) + len(unverified) == len(checker.shown) == 500 and not q.dropped and len(q) > 450
-    # Plain numbers and fractions are not parsed again.
-    assert len(set(checker.shown_golds)) == 129
+    golds = {(row["answer"], "math") for row in json_lines(SHARED_DATA / "math500.jsonl")}
+    assert sorted(checker.shown_golds) == sorted(golds)  # once each
     whole = load("math500.jsonl")
     assert len(whole) == 500
     assert (whole[0].id, whole[0].level) == ("test/precalculus/807.json", "2")
@@ -3697,7 +3697,7 @@ def test_extract_any_searches_whole_responses():
     with evaluation.Checker(extract="any", limit=20.0) as checker:
         for response, gold, verdict in ANYWHERE:
             assert checker.check([response], [gold], ["math"]) == [verdict], response
-        long = "It is said. " * 100_000 + "so 1/2"  # more than a pipe holds
+        long = "It is said. " * 10_000 + "so 1/2"  # more than a pipe holds
         assert checker.check([long], ["1/2"], ["number"]) == ["correct"]
     with pytest.raises(ValueError, match="boxed or any"):
         evaluation.Checker(extract="all")
@@ -3807,7 +3807,7 @@ def test_the_hostile_corpus_is_refused(tmp_path, monkeypatch):
         ("2^{2025}", "2^{2024} + 2^{2024}", "correct"),
         ("50!", r"50 \cdot 49!", "correct"),
         ("2^{2025} + 1", "2^{2025}", "wrong"),
-        ("(" * 9 + "3+4" + ")" * 9, "7", "correct"),
+        ("(" * 5 + "3+4" + ")" * 5, "7", "correct"),
         ("(" * 11 + "3+4" + ")" * 11, "7", "unparsed"),
         ("1" * 30 + "+0", "1" * 30, "correct"),
         ("x" + "+x" * 25, "26x", "unparsed"),
@@ -5316,7 +5316,7 @@ def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
         "<|im_start|>assistant\n<think>\n"
         "<<<|>>>Two twos.\n</think>\n\\boxed{4}<|endoftext|>\n"
     ) in text
-    assert r"of kind math: looked for in the last \boxed{}" in text
+    assert r"of kind math: looked for in the last `\boxed{}`" in text
     assert text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
     assert not (dry_folder / "run").exists() and not torch.distributed.is_initialized()
 
@@ -6557,6 +6557,7 @@ def buffer_at_exactly_p(folder):
     indices = data.draw(16, 0, 0, 4)
     bare = dataclasses.replace(run.questions[indices[3]], demonstration=None)
     run.questions[indices[3]] = bare
+    run.demonstrated.remove(indices[3])
 
     def answers(run, questions):
         responses = []
@@ -6667,7 +6668,7 @@ def engine_calls(folder):
 
 def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
     rl, sft = "rl step, clipped to 0.7", "sft step, clipped to 0.3"
-    assert engine_calls[1] == [["push", "sample", "sample", "sleep", rl, "sleep", sft]]
+    assert engine_calls[1] == [["push", "sample", "sample", "sleep", rl, "sleep", "sleep", sft]]
 
 
 @case(worlds=(1,))
@@ -9273,7 +9274,7 @@ def test_the_readmes_methods_differ_from_mifo_in_the_flags_of_their_row(monkeypa
     assert len(rows) == 13
     default = dataclasses.asdict(mifo.parse_config([]))
     for row in rows:
-        flags = shlex.split(re.search(r"`(.*)`", row)[1])
+        flags = shlex.split(re.search(r"`(.*?)`", row)[1])
         config = dataclasses.asdict(mifo.parse_config(flags))
         changed = {name for name in config if config[name] != default[name]}
         assert changed == {flag[2:].replace("-", "_") for flag in flags[::2]}, row

@@ -32,6 +32,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -42,6 +43,7 @@ import sys
 import textwrap
 import threading
 import time
+import tomllib
 import traceback
 import types
 import typing
@@ -4868,6 +4870,7 @@ def test_behavior_logprobs_go_with_the_tokens_that_training_reads(chat_tokenizer
 
 LAYOUTS = {
     "chat": OPENR1_ROWS[0],
+    "both": OPENR1_ROWS[0] | {"problem": "Another?"},
     "worked": {"question": "2 + 2?", "answer": "I add them.\n#### 4", "behavior_logprobs": [0.5]},
     "options": {"question": "Which?", "options": ["4", "5"], "answer": "5", "target": "kept"},
 }
@@ -5200,6 +5203,59 @@ def test_recipes_are_the_presets(monkeypatch, recipe, preset):
         recipe_named(monkeypatch, "qwen2.5-math-7b", *flags),
     )
     assert recipe_difference(*configs) == set()
+
+
+def gym_command() -> list[str]:
+    """What recipes/README.md says to make runs/gym by, without `python`."""
+    text = (ROOT / "recipes" / "README.md").read_text()
+    command = re.search(r"    python (recipes/gym_questions.py (?:.*\\\n)*.*)\n", text)[1]
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def test_the_gym_recipe_trains_on_what_its_command_makes():
+    _, folder, *tasks = [word for word in gym_command() if not word.startswith("--")]
+    made = [f"{folder}/{task.partition(':')[0]}.jsonl" for task in tasks]
+    cfg = mifo.Config(**tomllib.loads(recipe_file("gym").read_text()))
+    assert [cfg.model, cfg.data] == [f"{folder}/model", f"{folder}/train.jsonl"]
+    assert cfg.evaluate.split(",") == made and len(made) == 3
+    assert cfg.schedule == "rl" and cfg.reward == "recipes/gym_reward.py:score"
+
+
+def test_reasoning_gyms_scorers_are_rewards(tmp_path, monkeypatch, capsys):
+    """On rows that the recipe's script writes, in the recipe's tasks."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    script, _, *words = gym_command()
+    command = [script, str(tmp_path), "--count", "9", *(w for w in words if w != "--make-model")]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    rows = json_lines(tmp_path / "train.jsonl")
+    assert [row["level"] for row in rows[::9]] == [w.partition(":")[0] for w in words if ":" in w]
+    asked = {row["question"] for row in rows}
+    assert len(asked) == len(rows) == 27
+    for name in {row["level"] for row in rows}:
+        held_out = {row["question"] for row in json_lines(tmp_path / f"{name}.jsonl")}
+        assert len(held_out) == 200 and not held_out & asked
+
+    score = evaluation.load_rewards(f"{ROOT}/recipes/gym_reward.py:score", "", 0.5)
+    questions, responses, right = [], [], []
+    for i, row in enumerate(rows):
+        gold = row["answer"]
+        partly, share = {
+            "chain_sum": ("x", 0),
+            "letter_counting": (gold + "x", 1 / 2),  # the longer, the less
+            "spell_backward": (gold[0], 1 / len(gold)),  # letters in their place
+        }[row["level"]]
+        for response, reward in ((f" {gold}\n", 1), ("", 0), (partly, share)):
+            questions.append(asked_question(i, True, **row))
+            responses.append(response)
+            right.append(reward)
+    judged = evaluation.judge(questions, responses, [[1]] * len(responses), None, score)
+    assert [reward for _, reward, _ in judged] == pytest.approx(right)
+
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "no_such_task"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert "error: no_such_task: " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------

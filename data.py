@@ -551,6 +551,7 @@ class Example:
     level: str
     id: str
     behavior_logprobs: object = None
+    temperature: object = None  # at which they were sampled
     # What prepare adds:
     fault: str = ""  # why the row cannot be used
     prompt: list[int] | None = None
@@ -630,6 +631,7 @@ def read_chat(index: int, row: dict) -> Example:
         level=first_text(row, "level", "category", "subject"),
         id=cell_text(row.get("unique_id")) or str(index),
         behavior_logprobs=row.get("behavior_logprobs"),
+        temperature=row.get("temperature"),
         fault=picture_fault(row),
     )
 
@@ -672,6 +674,7 @@ def read_fields(
         level=first_text(row, "level", "category", "subject"),
         id=cell_text(row.get("unique_id")) or str(index),
         behavior_logprobs=row.get("behavior_logprobs"),
+        temperature=row.get("temperature"),
         fault=fault,
     )
 
@@ -866,6 +869,7 @@ def load_questions(
     max_response: int,
     checker=None,
     rewarded: bool = False,
+    behavior: bool = True,
     question_field: str = "",
     answer_field: str = "",
     solution_field: str = "",
@@ -884,9 +888,9 @@ def load_questions(
 
     max_prompt and max_response are in tokens, end-of-text included. checker is an eval.Checker;
     without it no answer is verified. rewarded: reward functions judge, so that a row needs no
-    answer, and a question comes with its row. eos_ids: what ends a response beside the tokenizer's
-    eos_token. A row is dropped for whatever is wrong with it, its demonstration included; a row
-    that has no demonstration is kept.
+    answer, and a question comes with its row. behavior: behavior_logprobs are read, and must fit.
+    eos_ids: what ends a response beside the tokenizer's eos_token. A row is dropped for whatever is
+    wrong with it, its demonstration included; a row that has no demonstration is kept.
     The first load tokenises and checks every row; later ones read the outcome from cache_dir,
     where its name is a digest of the data, the tokenizer, the settings and the text of this file
     and of the checker's. On many ranks load on rank 0, wait, then load on the others with the same
@@ -914,6 +918,7 @@ def load_questions(
         Path(__file__).read_bytes(),
         checker_state(checker),
         rewarded,
+        behavior,
     )
     ids: set[str] = set()
 
@@ -929,6 +934,7 @@ def load_questions(
             style,
             eos_ids,
             rewarded,
+            behavior,
         )
         outcome = []
         for example in examples:
@@ -990,6 +996,7 @@ def prepare(
     style: tuple,
     eos_ids: list[int],
     rewarded: bool = False,
+    behavior: bool = True,
 ) -> None:
     """Adds prompt, demonstration and fault to a batch. Cheap tests come first, the checker last."""
     _, generation_prefix, template, _ = style
@@ -1020,10 +1027,13 @@ def prepare(
             example.demonstration = tokens + [tokenizer.eos_token_id]
 
     for example in good:
-        if example.demonstration is None:
+        if example.demonstration is None or not behavior:
             example.behavior_logprobs = None
         elif not logprobs_match(example.behavior_logprobs, example.demonstration):
             example.fault = "behavior_logprobs are not one number for each demonstration token"
+            example.fault += ": leave them out if they are another tokenizer's"
+        elif example.behavior_logprobs and example.temperature not in (None, 1):
+            example.fault = "behavior_logprobs are not at temperature 1, as PEAR takes them"
     if checker is not None:
         verify([example for example in good if not example.fault], checker)
 

@@ -4,6 +4,7 @@ r"""Checks answers in killable workers; evaluates a model on benchmarks; grades 
     torchrun --standalone --nproc-per-node 8 eval.py MODEL --bench math500 --k 4  # on eight ranks
     python eval.py MODEL --bench my.jsonl --out DIR     # rows of question and answer
     python eval.py MODEL --bench my.jsonl --reward my.py:f  # judged by a function of one's own
+    python eval.py TEACHER --bench my.jsonl --k 8 --demonstrations taught.jsonl  # for mifo.py
     python eval.py grade FILE.jsonl --extract any       # rows of answer and response
 
 An answer is found in a response by string search, here, and compared with the gold answer by
@@ -1509,10 +1510,13 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     rewards: Rewards | None = None,
+    demonstrate: Callable | None = None,
 ) -> list[dict]:
     """Samples k responses to each of this rank's questions (every world-th) and judges them.
 
     Returns a row a question. No rank waits for another; to summarise, gather the rows of all.
+    demonstrate: (question, sample) -> (solution, behavior_logprobs) of a right response that was
+    not truncated; None for all others.
     Raises RewardError.
     """
     questions = questions[rank::world]
@@ -1533,6 +1537,12 @@ def evaluate(
             row["reward"] = [None if math.isnan(r) else r for _, r, _ in judged[mine]]
         row["tokens"] = [len(sample.tokens) for sample in group]
         row["truncated"] = [sample.truncated for sample in group]
+        if demonstrate:
+            shown = []
+            for sample, verdict in zip(group, row["verdict"]):
+                usable = verdict == "correct" and not sample.truncated
+                shown.append(demonstrate(q, sample) if usable else (None, None))
+            row["solution"], row["behavior_logprobs"] = map(list, zip(*shown))
         rows.append(row)
     return rows
 
@@ -1663,6 +1673,7 @@ def load_questions(
     generation_prefix: str,
     rewarded: bool = False,
     checker: Checker | None = None,
+    keep_rows: bool = False,
     **style,
 ) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
@@ -1671,7 +1682,8 @@ def load_questions(
 
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
     cannot be used is an error. rewarded: for reward functions, as in data.load_questions. With a
-    checker it is said which gold answers nothing can equal.
+    checker it is said which gold answers nothing can equal. keep_rows: a question comes with its
+    row even so.
     """
     import data
 
@@ -1707,8 +1719,9 @@ def load_questions(
                 kind=example.kind,
             )
         )
-        if rewarded:
+        if rewarded or keep_rows:
             questions[-1].row = rows.row(index)
+        if rewarded:
             questions[-1].asked = data.asked(tokenizer, example.messages, **style)
     if checker and not rewarded:
         golds, kinds = [q.answer for q in questions], [q.kind for q in questions]
@@ -1736,7 +1749,9 @@ def say_unmatched(
 # (one line a response), and results.json.
 
 CHUNK = 1024  # responses sampled at a time and a rank: what an interruption costs at most
-OF_A_RESPONSE = ("response", "verdict", "reward", "tokens", "truncated")  # reward: with --reward
+# reward: with --reward; the last two: with --demonstrations, null where none is made of it
+OF_A_RESPONSE = ("response", "verdict", "reward", "tokens", "truncated")
+OF_A_RESPONSE += ("solution", "behavior_logprobs")
 
 
 def question_lines(row: dict) -> str:
@@ -1828,11 +1843,15 @@ def command_evaluate(args) -> None:
         evaluation.folder.mkdir(parents=True, exist_ok=True)
         settings = json.dumps(evaluation.settings, indent=1)
         (evaluation.folder / "settings.json").write_text(settings)
+        if args.demonstrations:
+            args.demonstrations.parent.mkdir(parents=True, exist_ok=True)
     wait()  # there is a folder to write to
     run_evaluation(evaluation, set(finished), rank, world)
     wait()  # every rank has written its responses
     if rank == 0:
         report(evaluation)
+        if args.demonstrations:
+            write_demonstrations(evaluation)
 
 
 def check_evaluation(args) -> Evaluation:
@@ -1840,6 +1859,9 @@ def check_evaluation(args) -> Evaluation:
     import torch
 
     names = args.bench.split(",")
+    if args.temperature is None:
+        args.temperature = 1.0 if args.demonstrations else 0.6
+    check_demonstration_flags(args, names)
     if len({Path(name).name for name in names}) < len(names):
         raise ValueError(f"--bench {args.bench}: two benchmarks of one name")
     for flag, least in (("k", 1), ("max_tokens", 1), ("temperature", 0)):
@@ -1863,6 +1885,7 @@ def check_evaluation(args) -> Evaluation:
                 rewarded=rewards is not None,
                 today=today,
                 checker=checker if first else None,
+                keep_rows=args.demonstrations is not None,
             )
             if rewards:
                 try_rewards(rewards, benches[name][0], tokenizer)
@@ -1893,6 +1916,20 @@ def check_evaluation(args) -> Evaluation:
     )
 
 
+def check_demonstration_flags(args, names: list[str]) -> None:
+    out = args.demonstrations
+    if out is None:
+        if args.keep:
+            raise ValueError("--keep is of use only with --demonstrations")
+        return
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise ValueError(f"--demonstrations {out}: right would be the name of a .jsonl file")
+    if len(names) > 1:
+        raise ValueError("--demonstrations takes one --bench: rows of several differ in columns")
+    if Path(names[0]).resolve() == out.resolve():
+        raise ValueError(f"--demonstrations {out} would overwrite the --bench it is made of")
+
+
 def first_day(folder: Path) -> datetime.date:
     """When the evaluation in the folder began: some chat templates write the date, and one that
     goes on must have the prompts it began with."""
@@ -1914,7 +1951,9 @@ def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtyp
         "weights": weights,
         "questions": hashlib.sha256(repr(prompts).encode()).hexdigest(),
     }
-    flags = {key: value for key, value in vars(args).items() if key not in ("model", "out")}
+    no_matter = ("model", "out", "demonstrations", "keep")
+    flags = {key: value for key, value in vars(args).items() if key not in no_matter}
+    flags["demonstrations"] = args.demonstrations is not None
     own = {"k": list(ks.values()), "dtype": str(dtype).removeprefix("torch.")}
     return settings | flags | own
 
@@ -1957,6 +1996,7 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
         dtype = evaluation.settings["dtype"]
         print(f"sampler: {sampler.name}, {dtype}, because {sampler.why}", file=sys.stderr)
     detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+    demonstrate = demonstrator(evaluation) if args.demonstrations else None
     checker = Checker(checker_workers(world), args.limit, args.extract, args.require_think)
     with checker, open_responses(evaluation.folder, rank) as file:
         for name, questions in evaluation.benches.items():
@@ -1975,6 +2015,7 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
                     args.seed,
                     detokenize,
                     rewards=evaluation.rewards,
+                    demonstrate=demonstrate,
                 )
                 file.writelines(map(question_lines, rows))
                 file.flush()
@@ -1990,6 +2031,69 @@ def report(evaluation: Evaluation) -> None:
     (evaluation.folder / "results.json").write_text(text)
     print(table(results))
     print(f"written to {evaluation.folder}", flush=True)
+
+
+def demonstrator(evaluation: Evaluation) -> Callable:
+    """The function (question, sample) -> (solution, behavior_logprobs) of this evaluation.
+
+    The log-probabilities are left out unless they are at temperature 1, as PEAR takes them, and
+    training finds the very tokens that were sampled in the solution's text (data.prepare).
+    """
+    import data
+
+    args, tokenizer = evaluation.args, evaluation.tokenizer
+    ends, continued = eos_ids(args.model, tokenizer), data.going_on(tokenizer)
+
+    def demonstrate(question, sample) -> tuple[str, list[float] | None]:
+        solution = data.decode(tokenizer, sample.tokens[:-1])
+        prompt = data.decode(tokenizer, question.prompt)
+        text = data.response_text(tokenizer, solution, prompt, args.generation_prefix, ends)
+        read = data.encode(continued, [text])[0] + [tokenizer.eos_token_id]
+        usable = args.temperature == 1 and read == sample.tokens
+        return solution, sample.logprobs if usable else None
+
+    return demonstrate
+
+
+def write_demonstrations(evaluation: Evaluation) -> None:
+    """The rows of the questions with the shortest right response to each as their solution, or with
+    --keep all a row for each right one. Written whole or not at all."""
+    args, [questions] = evaluation.args, evaluation.benches.values()
+    finished, count = evaluation.finished(), Counter()
+    part = args.demonstrations.with_suffix(".partial")
+    with part.open("w") as file:
+        for question in questions:
+            found = finished[question.id]
+            right = [j for j, solution in enumerate(found["solution"]) if solution]
+            if args.keep != "all":
+                right = sorted(right, key=lambda j: found["tokens"][j])[:1]
+            count["solved"] += bool(right)
+            row = dict(question.row)
+            # As data.row_reader tells the two layouts apart
+            plain = "question" in row or "problem" in row
+            chat = "prompt" in row and ("reward_model" in row or not plain)
+            column = "target" if chat else "solution"
+            row |= {column: None, "behavior_logprobs": None}  # were of another's solution
+            if evaluation.rewards is None:  # whose functions want these as they are
+                row |= {"answer": question.answer, "kind": question.kind}
+            for j in right or [None]:
+                if j is not None:
+                    text = found["solution"][j]
+                    row[column] = [{"role": "assistant", "content": text}] if chat else text
+                    row["behavior_logprobs"] = found["behavior_logprobs"][j]
+                    row["temperature"] = args.temperature
+                    count["rows"] += 1
+                    count["bare"] += row["behavior_logprobs"] is None
+                file.write(json.dumps(row, default=str) + "\n")
+    part.replace(args.demonstrations)
+    print(
+        f"{args.demonstrations}: {count['rows']} demonstrations of {count['solved']} questions; "
+        f"{len(questions) - count['solved']} have no right response, and stay without one"
+    )
+    if args.temperature != 1:
+        print(f"no behavior_logprobs: PEAR takes them at temperature 1, not {args.temperature:g}")
+    elif count["bare"]:
+        print(f"{count['bare']} have no behavior_logprobs: their text is read as other tokens")
 
 
 def read_model(name: str, trust_remote_code: bool = False):
@@ -2102,7 +2206,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     known = ", ".join(BENCHES)
     add("--bench", required=True, help=f"comma-separated: {known}, chain, or JSONL files")
     add("--k", type=int, help="responses a question; default: 32 for AIME and AMC, else 1")
-    add("--temperature", type=float, default=0.6)
+    add("--temperature", type=float, help="default: 0.6, with --demonstrations 1, as PEAR wants it")
     add("--max-tokens", type=int, default=8192, help="of a response")
     add("--seed", type=int, default=0)
     add(
@@ -2117,6 +2221,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"
     add("--dtype", choices=dtypes, default="auto", help=meaning)
     add("--out", type=Path, help="folder of responses and results; default: evaluations/MODEL")
+    taught = "FILE.jsonl of the bench's rows, for training: right responses are their solutions"
+    add("--demonstrations", type=Path, metavar="FILE.jsonl", help=taught)
+    add("--keep", choices=("shortest", "all"), help="which right responses; default: shortest")
     add("--reward", default="", help="FILE.py:NAME,..: reward functions in the checker's place")
     add("--reward-weights", default="", help="of several, by commas; default: 1 each")
     above = "a response whose reward is higher is right"

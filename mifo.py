@@ -1992,6 +1992,7 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
                     max_response=cfg.max_response,
                     checker=None if cfg.reward else checker,
                     rewarded=bool(cfg.reward),
+                    behavior=cfg.pear != "off",
                     question_field=cfg.question_field,
                     answer_field=cfg.answer_field,
                     solution_field=cfg.solution_field,

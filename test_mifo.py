@@ -32,6 +32,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -42,6 +43,7 @@ import sys
 import textwrap
 import threading
 import time
+import tomllib
 import traceback
 import types
 import typing
@@ -2589,10 +2591,19 @@ def test_behavior_logprobs_are_one_a_token_and_equal_ids_are_told_apart(chat_tok
     rows += [{"problem": "p", "answer": "8", "behavior_logprobs": [1]}]  # no demonstration
     q = questions_of(rows, chat_tokenizer, tmp_path)
     fault = "behavior_logprobs are not one number for each demonstration token"
+    fault += ": leave them out if they are another tokenizer's"
     assert q.dropped == {fault: [1, 2, 3]}
     assert [x.behavior_logprobs for x in q] == [[-0.5] * n, None, [0] * n, None]
     name = "test/algebra/2.json"
     assert [x.id for x in q] == [name, f"{name}#4", f"{name}#5", "6"]
+    q = questions_of(rows, chat_tokenizer, tmp_path, behavior=False)  # without PEAR
+    assert q.dropped == {} and [x.behavior_logprobs for x in q] == [None] * 7
+
+    rows = [rows[0] | {"temperature": value} for value in (1, 1.0, 0.6, 0, None)]
+    rows += [MATH_ROWS[1] | {"temperature": 0.6}]
+    q = questions_of(rows, chat_tokenizer, tmp_path, "sampled.jsonl")
+    fault = "behavior_logprobs are not at temperature 1, as PEAR takes them"
+    assert q.dropped == {fault: [2, 3]} and q[3].behavior_logprobs is None
 
 
 def test_second_load_is_read_silently_from_the_cache(chat_tokenizer, tmp_path, monkeypatch, capfd):
@@ -4612,6 +4623,12 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     assert "--temperature must be" in refuse(*chain, "--temperature", "nan")
     assert "--limit must be" in refuse(*chain, "--limit", 0)
     assert "two benchmarks of one name" in refuse(eval_model, "--bench", "chain,chain")
+    teach = [*chain, "--demonstrations"]
+    assert "--keep is of use only" in refuse(*chain, "--keep", "all")
+    assert "a.json: right would be" in refuse(*teach, tmp_path / "a.json")
+    assert "takes one --bench" in refuse(*teach, tmp_path / "a.jsonl", "--bench", "chain,math500")
+    bench = write_rows(tmp_path / "a.jsonl", [{"question": "1", "answer": "1"}])
+    assert "would overwrite" in refuse(*teach, tmp_path / "x/../a.jsonl", "--bench", bench)
     there = [*chain, "--max-tokens", 8, "--out", tmp_path]
     (tmp_path / "responses-0.jsonl").touch()
     assert "model there is none" in refuse(*there)
@@ -4701,6 +4718,185 @@ def test_a_crash_shows_its_traceback_and_what_torchrun_will_say(tmp_path, monkey
         assert "KeyError: 'lost'" in lines  # the traceback's last line
         message = f"eval.py: rank {rank}: KeyError: 'lost'"  # each rank says its own
         assert lines[-1] == json.loads(path.read_text())["message"]["message"] == message
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A folder of a teacher that repeats digits and nothing else, a student that has hardly begun,
+    rows of both digits and letters, and what eval.py made of them."""
+    folder = tmp_path_factory.mktemp("school")
+    tokenizer = data.embedded_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+
+    def example(rng):
+        digit = rng.randrange(10)
+        return f"{digit}?", rng.choice(["", f"{digit};"]) + f"[{digit}]"
+
+    for name, steps in (("teacher", 60), ("student", 8)):
+        data.make_base(folder / name, 0, tokenizer, example, steps)
+    rows = []
+    for i, symbol in enumerate("0123456789abcd"):
+        rows.append({"question": f"{symbol}?", "answer": symbol, "kind": "chain", "note": {"n": i}})
+        rows[-1] |= {"solution": "another's", "behavior_logprobs": [-1.0]}
+    write_rows(folder / "rows.jsonl", rows)
+    result = run_python(*teach(folder, "taught.jsonl", "responses"))
+    assert result.returncode == 0, result.stderr
+    return types.SimpleNamespace(folder=folder, rows=rows, out=result.stdout, tokenizer=tokenizer)
+
+
+def teach(folder, name: str, out: str) -> list:
+    """The command. A response of five tokens may be right, and has no room for its end."""
+    command = ["eval.py", folder / "teacher", "--bench", folder / "rows.jsonl", "--k", 8]
+    command += ["--max-tokens", 5, "--sampler", "torch"]
+    return command + ["--demonstrations", folder / name, "--out", folder / out]
+
+
+def test_a_teacher_demonstrates_what_it_has_right(school):
+    """Against the responses as they were judged, and transformers' own log-probabilities."""
+    responses, right = {}, {}
+    for line in map(json.loads, response_lines(school.folder / "responses")):
+        responses.setdefault(line["id"], []).append(line)
+    cut, teacher = 0, float_model(school.folder / "teacher")
+    taught = json_lines(school.folder / "taught.jsonl")
+    assert len(taught) == len(school.rows)
+    for i, (source, row) in enumerate(zip(school.rows, taught)):
+        judged = responses[f"rows.jsonl/{i}"]
+        correct = [r for r in judged if r["verdict"] == "correct"]
+        cut += sum(r["truncated"] for r in correct)
+        right = sorted(len(r["response"]) for r in correct if not r["truncated"])
+        changed = {"solution", "behavior_logprobs", "temperature"}
+        assert {k: v for k, v in row.items() if k not in changed} == {
+            k: v for k, v in source.items() if k not in changed
+        }
+        if not right:
+            assert row["solution"] is row["behavior_logprobs"] is None
+            continue
+        assert len(row["solution"]) == right[0] and row["temperature"] == 1
+        assert row["solution"].endswith(f"[{source['answer']}]")
+        prompt = school.tokenizer.encode(source["question"])
+        response = [*school.tokenizer.encode(row["solution"]), school.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logprobs, _ = response_logprobs(teacher, prompt, response)
+        assert row["behavior_logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-5)
+    solved = sum(row["solution"] is not None for row in taught)
+    assert 5 <= solved <= 10 and cut > 0
+    said = f"taught.jsonl: {solved} demonstrations of {solved} questions; {14 - solved} have no"
+    assert said in school.out and "behavior_logprobs" not in school.out
+
+
+def test_two_ranks_go_on_to_the_same_demonstrations_and_all_may_be_kept(school, monkeypatch):
+    folder = school.folder
+    (folder / "part").mkdir()
+    shutil.copy(folder / "responses" / "settings.json", folder / "part")
+    lines = response_lines(folder / "responses")
+    (folder / "part" / "responses-1.jsonl").write_text("".join(lines[:30]))  # three and a half
+    result = run_on_two_ranks(*teach(folder, "again.jsonl", "part"))
+    assert result.returncode == 0, result.stderr
+    assert "resuming: 3 of 14" in result.stderr
+    one, two = json_lines(folder / "taught.jsonl"), json_lines(folder / "again.jsonl")
+    assert [row["solution"] for row in one] == [row["solution"] for row in two]
+    for first, second in zip(one, two):  # other batches: equal but for rounding
+        first, second = first.pop("behavior_logprobs"), second.pop("behavior_logprobs")
+        assert (first is None) == (second is None)
+        assert (first or []) == pytest.approx(second or [], abs=1e-5)
+
+    command = teach(folder, "all.jsonl", "part") + ["--keep", "all"]  # samples nothing more
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    assert evaluation.main() == 0
+    count, kept = Counter(), Counter()
+    for line in map(json.loads, lines):
+        count[line["answer"]] += line["verdict"] == "correct" and not line["truncated"]
+    for row in json_lines(folder / "all.jsonl"):
+        kept[row["answer"]] += row["solution"] is not None
+    assert count == kept and max(kept.values()) > 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_student_learns_from_a_teachers_demonstrations(school, tmp_path):
+    """By MIFO and by PEAR, the real commands, from the file as it is."""
+    common = dict(model=school.folder / "student", data=school.folder / "taught.jsonl")
+    common |= dict(sampler="torch", max_prompt=4, max_response=8, questions=14, samples=4, steps=2)
+    common |= dict(sft_batch=5, sft_lr=2e-3, sft_epochs=15, buffer_size=5)
+    common |= dict(evaluate=school.folder / "rows.jsonl", eval_temperature=0.0)
+    pear = dict(schedule="sft-then-rl", rho=1.0, pear="sequence")
+    started = []
+    for out, more in (("mifo", dict(rho=1.0)), ("pear", pear)):
+        flags = as_flags(**common, **more, out=tmp_path / out)
+        started.append((tmp_path / out, mifo_command(flags, tmp_path)))
+    for out, process in started:
+        stdout, stderr = process.communicate(timeout=200)
+        assert process.returncode == 0, stderr[-2000:]
+        assert "14 of 14 questions kept" in stdout and "behaviour model" not in stdout
+        before, after = accuracies(out)
+        assert before < 0.2 and after > before + 0.2, (before, after)
+    weights = [
+        line.get("sft/pear_weight", 1.0) for line in json_lines(tmp_path / "pear/metrics.jsonl")
+    ]
+    assert min(weights) < 0.99
+
+
+def accuracies(run: Path) -> tuple[float, float]:
+    """Of its first and its last evaluation, on its only benchmark."""
+    shares = []
+    for line in json_lines(run / "evaluations.jsonl"):
+        [result] = line["benches"].values()
+        shares.append(result["avg"])
+    return shares[0], shares[-1]
+
+
+def test_behavior_logprobs_go_with_the_tokens_that_training_reads(chat_tokenizer):
+    """They are left out where the text's tokens are others than were sampled."""
+    eos, encode = chat_tokenizer.eos_token_id, chat_tokenizer.encode
+    words = encode("It is 9, of course.")
+    letters = [token for letter in "It is 9" for token in encode(letter, add_special_tokens=False)]
+    assert chat_tokenizer.decode(letters) == "It is 9" and letters != encode("It is 9")
+    other = encode("<think>")[0]  # stands for a second end token
+    question = types.SimpleNamespace(prompt=encode("Why?"))
+    for tokens, temperature, text, fit in (
+        ([*words, eos], 1.0, "It is 9, of course.", True),
+        ([*words, eos], 0.6, "It is 9, of course.", False),
+        ([*letters, eos], 1.0, "It is 9", False),
+        ([*words, other], 1.0, "It is 9, of course.", False),
+    ):
+        args = types.SimpleNamespace(model="none", temperature=temperature, generation_prefix="")
+        found = types.SimpleNamespace(args=args, tokenizer=chat_tokenizer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "eos_ids", lambda model, tokenizer: [eos])
+            demonstrate = evaluation.demonstrator(found)
+        logprobs = [-0.5] * len(tokens)
+        sample = rollout.Sample(tokens, logprobs, truncated=False)
+        assert demonstrate(question, sample) == (text, logprobs if fit else None)
+
+
+LAYOUTS = {
+    "chat": OPENR1_ROWS[0],
+    "both": OPENR1_ROWS[0] | {"problem": "Another?"},
+    "worked": {"question": "2 + 2?", "answer": "I add them.\n#### 4", "behavior_logprobs": [0.5]},
+    "options": {"question": "Which?", "options": ["4", "5"], "answer": "5", "target": "kept"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("right", [True, False])
+def test_demonstrations_are_read_from_each_layout(name, right, chat_tokenizer, tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", [LAYOUTS[name]])
+    [asked] = evaluation.load_questions(source, chat_tokenizer, None, "", keep_rows=True)
+    found = {"solution": [None, "longer, mine", "mine"] if right else [None] * 3}
+    found |= {"tokens": [1, 5, 3], "behavior_logprobs": [None] * 3}
+    args = types.SimpleNamespace(demonstrations=tmp_path / "a.jsonl", keep=None, temperature=1.0)
+    made = types.SimpleNamespace(args=args, benches={"x": [asked]}, rewards=None)
+    made.finished = lambda: {asked.id: found}
+    evaluation.write_demonstrations(made)
+    [q] = read_questions(tmp_path / "a.jsonl", chat_tokenizer)
+    assert (q.prompt, q.answer, q.kind) == (asked.prompt, asked.answer, asked.kind)
+    if right:
+        assert chat_tokenizer.decode(q.demonstration, skip_special_tokens=True) == "mine"
+        assert "1 have no behavior_logprobs" in capsys.readouterr().out
+    else:
+        assert q.demonstration is None
+    [row] = json_lines(tmp_path / "a.jsonl")
+    if name == "options":
+        assert row["target"] == "kept"
 
 
 def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
@@ -5007,6 +5203,59 @@ def test_recipes_are_the_presets(monkeypatch, recipe, preset):
         recipe_named(monkeypatch, "qwen2.5-math-7b", *flags),
     )
     assert recipe_difference(*configs) == set()
+
+
+def gym_command() -> list[str]:
+    """What recipes/README.md says to make runs/gym by, without `python`."""
+    text = (ROOT / "recipes" / "README.md").read_text()
+    command = re.search(r"    python (recipes/gym_questions.py (?:.*\\\n)*.*)\n", text)[1]
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def test_the_gym_recipe_trains_on_what_its_command_makes():
+    _, folder, *tasks = [word for word in gym_command() if not word.startswith("--")]
+    made = [f"{folder}/{task.partition(':')[0]}.jsonl" for task in tasks]
+    cfg = mifo.Config(**tomllib.loads(recipe_file("gym").read_text()))
+    assert [cfg.model, cfg.data] == [f"{folder}/model", f"{folder}/train.jsonl"]
+    assert cfg.evaluate.split(",") == made and len(made) == 3
+    assert cfg.schedule == "rl" and cfg.reward == "recipes/gym_reward.py:score"
+
+
+def test_reasoning_gyms_scorers_are_rewards(tmp_path, monkeypatch, capsys):
+    """On rows that the recipe's script writes, in the recipe's tasks."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    script, _, *words = gym_command()
+    command = [script, str(tmp_path), "--count", "9", *(w for w in words if w != "--make-model")]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    rows = json_lines(tmp_path / "train.jsonl")
+    assert [row["level"] for row in rows[::9]] == [w.partition(":")[0] for w in words if ":" in w]
+    asked = {row["question"] for row in rows}
+    assert len(asked) == len(rows) == 27
+    for name in {row["level"] for row in rows}:
+        held_out = {row["question"] for row in json_lines(tmp_path / f"{name}.jsonl")}
+        assert len(held_out) == 200 and not held_out & asked
+
+    score = evaluation.load_rewards(f"{ROOT}/recipes/gym_reward.py:score", "", 0.5)
+    questions, responses, right = [], [], []
+    for i, row in enumerate(rows):
+        gold = row["answer"]
+        partly, share = {
+            "chain_sum": ("x", 0),
+            "letter_counting": (gold + "x", 1 / 2),  # the longer, the less
+            "spell_backward": (gold[0], 1 / len(gold)),  # letters in their place
+        }[row["level"]]
+        for response, reward in ((f" {gold}\n", 1), ("", 0), (partly, share)):
+            questions.append(asked_question(i, True, **row))
+            responses.append(response)
+            right.append(reward)
+    judged = evaluation.judge(questions, responses, [[1]] * len(responses), None, score)
+    assert [reward for _, reward, _ in judged] == pytest.approx(right)
+
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path), "no_such_task"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert "error: no_such_task: " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5402,6 +5651,18 @@ def test_a_context_is_extended_by_rotary_positions_alone(kind, settings, said):
     config = transformers.AutoConfig.for_model(kind)
     with pytest.raises(ValueError, match=said):
         mifo.edit_config(mifo.Config(max_prompt=1000, max_response=3000, **settings), config)
+
+
+def test_dry_run_reads_behavior_logprobs_for_pear_alone(dry_folder, monkeypatch):
+    """They do not fit where another tokenizer wrote them, and what does not use them need not."""
+    rows = json_lines(dry_folder / "train.jsonl")
+    rows[1] |= {"behavior_logprobs": [-1.0]}
+    write_rows(dry_folder / "train.jsonl", rows)
+    flags = dry_flags(dry_folder)
+    assert "2 of 3 questions kept" in mifo.dry_run(recipe_config(monkeypatch, *flags))
+    flags += ["--pear", "sequence", "--rho", "1", "--schedule", "sft-then-rl"]
+    with pytest.raises(ValueError, match="needs demonstrations"):
+        mifo.dry_run(recipe_config(monkeypatch, *flags))
 
 
 def test_dry_run_as_a_command(dry_folder):
@@ -9255,6 +9516,16 @@ def test_the_readmes_rows_can_be_checked():
             "unparsed",
             "unparsed",
         ]
+
+
+def test_the_readmes_demonstrations_are_those_of_a_teacher():
+    command = re.search(
+        r"`python eval.py (.*--demonstrations.*?)`", (ROOT / "README.md").read_text()
+    )
+    args = evaluation.evaluate_parser().parse_args(shlex.split(command[1]))
+    assert (args.model, args.k, args.keep) == ("TEACHER", 8, None)
+    assert args.bench == "my.jsonl" and args.demonstrations.suffix == ".jsonl"
+    evaluation.check_demonstration_flags(args, args.bench.split(","))
 
 
 def test_the_readmes_reward_function_judges(tmp_path):

@@ -337,6 +337,10 @@ MUTANTS = {
             ("demonstrated=set(demonstrated) - set(holdout)", "demonstrated=set(demonstrated)"),
             ('["nll"] / tokens', '["nll"]'),
         ]),
+        ("behavior_logprobs_for_pear_alone", [  # load_data
+            ('behavior=cfg.pear != "off"', "behavior=True"),
+            ('behavior=cfg.pear != "off"', "behavior=False"),
+        ]),
         ("cosine_down", [  # sft_learning_rate
             ('["lr"] = sft_learning_rate(cfg, state)', '["lr"] = cfg.sft_lr'),
             ("    state.sft_steps += 1", "    pass"),
@@ -449,6 +453,11 @@ MUTANTS = {
         ]),
     ],
     "data.py": [
+        ("behavior_logprobs_are_one", [  # prepare
+            ("example.demonstration is None or not behavior:", "example.demonstration is None:"),
+            ("example.temperature not in (None, 1)", "example.temperature is not None"),
+            ("example.temperature not in (None, 1)", "False"),
+        ]),
         ("test_draw", [
             ("divmod(start + len(indices), length)", "divmod(start, length)"),
             ("seed * 1_000_003 + epoch", "seed * 1_000_003"),
@@ -534,6 +543,19 @@ MUTANTS = {
         ]),
     ],
     "eval.py": [
+        ("teacher_demonstrates or demonstrations_are_read or all_may_be_kept or logprobs_go", [
+            ('verdict == "correct" and not sample.truncated', 'verdict == "correct"'),
+            ('verdict == "correct" and not sample.truncated', "not sample.truncated"),
+            ("args.temperature == 1 and read == sample.tokens", "read == sample.tokens"),
+            ("args.temperature == 1 and read == sample.tokens", "args.temperature == 1"),
+            ("[text])[0] + [tokenizer.eos_token_id]", "[text])[0] + sample.tokens[-1:]"),
+            ('key=lambda j: found["tokens"][j])[:1]', 'key=lambda j: -found["tokens"][j])[:1]'),
+            ('            if args.keep != "all":', "            if True:"),
+            ('{column: None, "behavior_logprobs": None}', "{column: None}"),
+            ('{column: None, "behavior_logprobs": None}', '{"behavior_logprobs": None}'),
+            ('"reward_model" in row or not plain', "not plain"),
+            ('"kind": question.kind}', "}"),
+        ]),
         ("called_as_trls or weighted_sum or told_in_one_line or run_once or mean_reward", [
             ("for w, v in zip(rewards.weights, values) if not math.isnan(v)]",
              "for w, v in zip(rewards.weights, values)]"),

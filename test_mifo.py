@@ -2725,7 +2725,7 @@ def test_sources_that_are_not_there_or_damaged_are_refused(tmp_path, monkeypatch
         half, hole = whole[:-40] + b"x" * 40, whole[:4] + b"\xff" * 500 + whole[504:]
         path.write_bytes(half if name == "half.parquet" else hole)
         refused(path, f"{name}: not a readable parquet file")
-    monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("no-one/nothing", "no-one/nothing: not loaded from the Hub: .*owner/name")
 
@@ -5290,7 +5290,7 @@ def dry_folder(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").write_text(
         json.dumps({"question": "What is 4 + 4?", "answer": "8"}) + "\n"
     )
-    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RANK", "0")
     return tmp_path
 

@@ -33,15 +33,10 @@ if torch.version.cuda is None:
     for name in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(name, None)
 
-import datasets
 import jinja2
 import pyarrow
-import pyarrow.dataset
 import tokenizers
 import transformers
-
-if not sys.stderr.isatty():  # in a log, bars are noise
-    datasets.disable_progress_bars()
 
 # --------------------------------------------------------------------------------------------------
 # Questions, and batches of them
@@ -356,7 +351,7 @@ class Rows:
     """The rows of a source, which stay on disk. Iterating gives (index, row as a dict)."""
 
     source: str
-    table: datasets.Dataset  # the source's columns; or one column TEXT, a row of JSON each
+    table: object  # datasets.Dataset of the source's columns; or of one, TEXT, a row of JSON each
     unit: str  # what a row is called: "line" of a file, "element" of an array, or "row"
     folder: Path  # for caches of what is made of these rows
     head: list[dict] = field(default_factory=list)  # the first rows
@@ -429,6 +424,10 @@ def load_rows(
     JSON is read by Python's json, row by row: datasets' own reader wants one type a column, and
     would make a timestamp of an answer "2024-01-01". split is "train" unless given.
     """
+    import datasets  # takes a second, which a run on the embedded task is spared
+
+    if not sys.stderr.isatty():  # in a log, bars are noise
+        datasets.disable_progress_bars()
     path = Path(source)
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "mifo")
     if path.suffix in FILES:
@@ -467,8 +466,11 @@ def load_rows(
     return rows
 
 
-def load_file(path: Path, folder: Path) -> tuple[datasets.Dataset, str]:
+def load_file(path: Path, folder: Path) -> tuple[object, str]:
     """(table, unit) of Rows, the table memory-mapped from a copy in folder."""
+    import datasets
+    import pyarrow.dataset
+
     text = datasets.Features({Rows.TEXT: datasets.Value("string")})
     if path.suffix == ".json" and starts_array(path):
         texts = [json.dumps(element) for element in read_array(path)]
@@ -789,18 +791,18 @@ def example_fault(example: Example, kinds: Iterable[str] = (), rewarded: bool = 
 
 UNMATCHED = "cannot be matched by any response"  # of gold answers
 CHARS_A_TOKEN = 128  # no tokenizer gets by on one token for so many characters of a whole text
-FEATURES = datasets.Features(
+SCHEMA = pyarrow.schema(
     {
-        "index": datasets.Value("int64"),
-        "fault": datasets.Value("string"),
-        "id": datasets.Value("string"),
-        "system": datasets.Value("string"),
-        "prompt": datasets.List(datasets.Value("int32")),
-        "answer": datasets.Value("string"),
-        "demonstration": datasets.List(datasets.Value("int32")),
-        "level": datasets.Value("string"),
-        "kind": datasets.Value("string"),
-        "behavior_logprobs": datasets.List(datasets.Value("float64")),
+        "index": pyarrow.int64(),
+        "fault": pyarrow.string(),
+        "id": pyarrow.string(),
+        "system": pyarrow.string(),
+        "prompt": pyarrow.list_(pyarrow.int32()),
+        "answer": pyarrow.string(),
+        "demonstration": pyarrow.list_(pyarrow.int32()),
+        "level": pyarrow.string(),
+        "kind": pyarrow.string(),
+        "behavior_logprobs": pyarrow.list_(pyarrow.float64()),
     }
 )
 
@@ -814,7 +816,7 @@ class Questions(Sequence):
     Made by load_questions.
     """
 
-    def __init__(self, table: datasets.Dataset, rows: Rows, key: str, asked=None):
+    def __init__(self, table, rows: Rows, key: str, asked=None):
         self.table, self.rows, self.asked = table, rows, asked
         self.kept: list[int] = []
         self.dropped: dict[str, list[int]] = {}
@@ -897,6 +899,8 @@ def load_questions(
     arguments.
     Raises ValueError, one line, if the source cannot be read or nothing is left of it.
     """
+    import datasets
+
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end-of-text token (eos_token), so demonstrations cannot end"
@@ -946,7 +950,7 @@ def load_questions(
                 example.id += f"#{example.index}"
             ids.add(example.id)
             outcome.append({**vars(example), "system": example.system})
-        return pyarrow.Table.from_pylist(outcome, schema=FEATURES.arrow_schema)
+        return pyarrow.Table.from_pylist(outcome, schema=SCHEMA)
 
     table = rows.table.map(
         prepare_batch,
@@ -954,7 +958,7 @@ def load_questions(
         batched=True,
         batch_size=128,
         remove_columns=rows.table.column_names,
-        features=FEATURES,
+        features=datasets.Features.from_arrow_schema(SCHEMA),
         cache_file_name=str(rows.folder / f"questions-{key}.arrow"),
         new_fingerprint=key,
         desc="checking questions",

@@ -572,9 +572,9 @@ class Config(Settings):
         SCALE, 1, "copies of the sharded model (HSDP); 1: sharded over all ranks", "[1, inf)", may_change=True)
     activation_checkpointing: bool = option(
         SCALE, False, "recompute activations in the backward pass", may_change=True)
-    gather_once: bool = option(
-        SCALE, False, "gather weights and reduce gradients once a step, not once a micro-batch: less "
-        "traffic, for 6 bytes a parameter on every rank, 8 in float32", may_change=True)
+    gather_once: Literal["auto", "on", "off"] = option(
+        SCALE, "auto", "gather weights and reduce gradients once a step, not once a micro-batch: less "
+        "traffic, for 6 bytes a parameter on every rank, 8 in float32; auto: where that is little", may_change=True)
     offload_importance: bool = option(
         SCALE, False, "keep importance map and anchor, 8 bytes a parameter, in host memory", may_change=True)
     beta1: float = option(SCALE, 0.9, "of AdamW, both RL's and SFT's", "[0, 1)")
@@ -616,6 +616,7 @@ class Run:
     mesh: object
     map_mesh: object  # of importance and anchor: of CPUs where they are offloaded
     dtype: torch.dtype  # of compute
+    gather_once: bool  # what --gather-once came to
     model_dir: str  # of the initial model
     model_config: object
     tokenizer: object
@@ -961,7 +962,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 def exchange_at_last(run: Run, last: bool) -> None:
     """--gather-once: ranks exchange gradients and weights at a step's last micro-batch only."""
-    if run.cfg.gather_once:
+    if run.gather_once:
         run.policy.set_requires_gradient_sync(last)
         run.policy.set_reshard_after_backward(last)
         run.policy.set_reshard_after_forward(last and not torch.is_grad_enabled())
@@ -1768,6 +1769,7 @@ def set_up(cfg: Config) -> Run:
         mesh=mesh,
         map_mesh=map_mesh,
         dtype=dtype,
+        gather_once=choose_gather_once(cfg, policy, world, device),
         model_dir=model_dir,
         model_config=config,
         tokenizer=tokenizer,
@@ -1886,6 +1888,40 @@ def check_logits(policy: Policy, dtype: torch.dtype) -> str:
     if not (logprobs[0, :8] - logprobs[1, :8]).abs().mean() <= bound:
         return "a token's log-probability depends on the tokens after it"
     return ""
+
+
+def choose_gather_once(cfg: Config, policy: Policy, world: int, device: torch.device) -> bool:
+    if cfg.gather_once != "auto" or world == 1:
+        return cfg.gather_once == "on"
+    parameters, memory = sum(p.numel() for p in policy.parameters()), memory_of_rank(device)
+    once = whole_is_little(parameters, memory)
+    say(
+        f"--gather-once auto: {'on' if once else 'off'}, for whole weights and gradients would take "
+        f"{8 * parameters / memory:.2%} of the {memory / 2**30:.1f} GiB of a rank"
+    )
+    return once
+
+
+def memory_of_rank(device: torch.device) -> float:
+    """Bytes of its GPU, or its share of the machine's; the least of all ranks, so that they decide
+    alike."""
+    if device.type == "cuda":
+        size = torch.cuda.mem_get_info()[1]
+    else:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))  # ranks
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+    least = torch.tensor(float(size), dtype=torch.float64)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return least.item()
+
+
+def whole_is_little(parameters: int, memory: float) -> bool:
+    """Whether whole float32 weights and gradients take at most a twentieth of memory (bytes).
+
+    Estimates of what else a step takes are no closer than that; and larger models (above 500M
+    parameters on 80 GB) compute so long between two gathers that they would gain little.
+    """
+    return 8 * parameters <= memory / 20
 
 
 def open_model(cfg: Config, rank: int):

@@ -24,7 +24,6 @@ from torch import Tensor
 
 import data  # noqa: F401  before transformers and vllm: it hides packages that break their import
 import transformers
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # vLLM's import switches cuDNN's attention off for the whole process. Off without vLLM as well, so
 # that trainer and sampler use one kernel wherever they run, and no plan is built for each shape.
@@ -359,6 +358,7 @@ class TorchSampler:
         )
         self.model = model.to(self.device).eval()
         if self.model.config._attn_implementation == "sdpa":
+            _register_grouped_attention()
             self.model.set_attn_implementation("grouped")
         if self.device == "cpu" and dtype == torch.float32:
             _transpose_weights(self.model)
@@ -584,9 +584,8 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     -> ([R, t, H, d], None).
     """
     if query.shape[2] != 1 or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        sdpa = transformers.AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])  # [R, K, H / K, d]
     out = torch.nn.functional.scaled_dot_product_attention(
         rows, key, value, attention_mask, scale=scaling
@@ -594,8 +593,10 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return out.reshape(len(query), 1, -1, value.shape[3]), None
 
 
-transformers.AttentionInterface.register("grouped", grouped_attention)
-transformers.AttentionMaskInterface.register("grouped", transformers.masking_utils.sdpa_mask)
+def _register_grouped_attention() -> None:
+    """Not on import of this file: transformers' interfaces take two seconds to load."""
+    transformers.AttentionInterface.register("grouped", grouped_attention)
+    transformers.AttentionMaskInterface.register("grouped", transformers.masking_utils.sdpa_mask)
 
 
 def _added_to_scores(attention: Tensor, dtype: torch.dtype, config, cache) -> Tensor:

@@ -2736,7 +2736,7 @@ def test_sources_that_are_not_there_or_damaged_are_refused(tmp_path, monkeypatch
         half, hole = whole[:-40] + b"x" * 40, whole[:4] + b"\xff" * 500 + whole[504:]
         path.write_bytes(half if name == "half.parquet" else hole)
         refused(path, f"{name}: not a readable parquet file")
-    monkeypatch.setattr(data.datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("no-one/nothing", "no-one/nothing: not loaded from the Hub: .*owner/name")
 
@@ -5361,7 +5361,7 @@ PLAN_CHANGES = [  # flags beside MIFO's recipe; rows that they take away; rows t
     ("--schedule sft-then-rl --pear block", FREEZING, {"PEAR's behaviour model, float32"}),
     ("--freeze off", FREEZING, set()),
     ("--kl-coef 0.1", set(), {"reference model, float32"}),
-    ("--gather-once",
+    ("--gather-once on",
      {"two layers gathered", "embeddings and head gathered"},
      {"gradients not yet reduced, float32", "weights gathered"}),
     ("--offload-importance",
@@ -5539,7 +5539,7 @@ def dry_folder(tmp_path, monkeypatch):
     (tmp_path / "test.jsonl").write_text(
         json.dumps({"question": "What is 4 + 4?", "answer": "8"}) + "\n"
     )
-    monkeypatch.setattr(data.datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RANK", "0")
     return tmp_path
 
@@ -6086,7 +6086,7 @@ RL_STEPS = {  # what a step is compared with the oracle in, whatever --micro-tok
     "updates": dict(updates=2, clip_low=0.1, clip_high=0.15),
     "kl": dict(updates=2, kl_coef=0.5),
     "tis": dict(tis_cap=2.0),
-    "once": dict(gather_once=True, updates=2, kl_coef=0.5),
+    "each": dict(gather_once="off", updates=2, kl_coef=0.5),
     "seed": dict(seed=1),  # all 16 questions in another order
     "graded": dict(reward="rewards.py:graded", aggregation="sequence", normalize_std=True),
     "weighed": dict(
@@ -6103,7 +6103,9 @@ SFT_STEPS = {
     "rho": dict(rho=0.35),
     "single": dict(rho=0.2, sft_batch=1),  # fewer rows than ranks
     "odd": dict(rho=0.5, sft_batch=5),
-    "once-copies": dict(rho=0.35, gather_once=True, replicas=int(os.environ.get("WORLD_SIZE", 1))),
+    "copies": dict(rho=0.35, replicas=int(os.environ.get("WORLD_SIZE", 1))),
+    "each-copies": dict(
+        rho=0.35, gather_once="off", replicas=int(os.environ.get("WORLD_SIZE", 1))),
     "pear-sequence": dict(rho=1.0, pear="sequence", behavior_model="other"),
     "pear-token": dict(
         rho=0.5, pear="token", pear_gamma=0.9, pear_ratio_low=-math.inf, pear_ratio_high=math.inf,
@@ -6642,7 +6644,7 @@ PRESETS = {
     "pear-token": dict(schedule="sft-then-rl", pear="token"),
     "pear-block": dict(schedule="sft-then-rl", pear="block"),
     "pear-mifo": dict(pear="token", buffer_size=2),
-    "gather-once": dict(gather_once=True, micro_tokens=60, updates=2, kl_coef=0.1, buffer_size=2),
+    "gather-each": dict(gather_once="off", micro_tokens=60, updates=2, kl_coef=0.1, buffer_size=2),
     "alternate": dict(
         schedule="alternate", rl_share=0.4, demonstration_budget=5, sft_holdout=6, steps=6, sft_batch=2),
     "budget": dict(
@@ -9177,7 +9179,8 @@ SPLITS = (
     dict(micro_tokens=40),
     dict(micro_tokens=200),
     dict(micro_tokens=100_000),
-    dict(micro_tokens=40, gather_once=True),
+    dict(micro_tokens=40, gather_once="on"),  # on one rank, too
+    dict(micro_tokens=40, gather_once="off"),
 )
 
 
@@ -9200,6 +9203,34 @@ def test_sft_gives_the_same_weights_however_it_is_split(split_sft_runs, base):
     for other in others:
         for n in other:
             torch.testing.assert_close(other[n], first[n], rtol=0, atol=1e-6)
+
+
+@case(worlds=(2,))
+def gather_choices(folder):
+    """{(--gather-once, bytes a parameter on the smaller of two machines): what it comes to}"""
+    run = open_run(folder / "gather-choices")
+    count = sum(p.numel() for p in run.policy.parameters())
+    found = {}
+    for setting, size in itertools.product(("auto", "on", "off"), (159, 160)):
+        pages = size * count * (1 if run.rank == 1 else 1000)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", "1")
+            patch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
+            cfg = mifo.Config(gather_once=setting)
+            found[setting, size] = mifo.choose_gather_once(cfg, run.policy, 2, run.device)
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            assert mifo.memory_of_rank(run.device) == size * count / 2
+            alone = mifo.choose_gather_once(cfg, run.policy, 1, run.device)
+            assert alone == (setting == "on")
+    return found
+
+
+def test_gather_once_is_chosen_by_the_smallest_memory(gather_choices):
+    # 8 bytes of whole weights and gradients are a twentieth of 160.
+    expected = {"auto": [False, True], "on": [True, True], "off": [False, False]}
+    for found in gather_choices[2]:
+        for setting, choices in expected.items():
+            assert [found[setting, 159], found[setting, 160]] == choices
 
 
 @case(worlds=(1,))

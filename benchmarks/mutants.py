@@ -304,6 +304,14 @@ MUTANTS = {
             ("ratio_range = (cfg.pear_ratio_low, cfg.pear_ratio_high)", "ratio_range = None"),
             ("weight_range = (cfg.pear_weight_low, cfg.pear_weight_high)", "weight_range = None"),
         ]),
+        ("gather_once_is_chosen or however_it_is_split", [
+            ("return 8 * parameters <= memory / 20", "return 8 * parameters < memory / 20"),
+            ("return 8 * parameters <= memory / 20", "return 4 * parameters <= memory / 20"),
+            ("dist.ReduceOp.MIN", "dist.ReduceOp.MAX"),
+            ('os.sysconf("SC_PHYS_PAGES") / here', 'os.sysconf("SC_PHYS_PAGES")'),
+            ('cfg.gather_once != "auto" or world == 1', 'cfg.gather_once != "auto"'),
+            ("run.policy.set_requires_gradient_sync(last)", "run.policy.set_requires_gradient_sync(False)"),
+        ]),
         ("movement_is_that or shown_demonstrations", [  # log_movement, log_demonstrations
             ('        log_movement(run, "rl")', "        pass"),
             ('    log_movement(run, "sft")', "    pass"),

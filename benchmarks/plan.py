@@ -88,7 +88,10 @@ def memory_plan(cfg: mifo.Config, config, world: int, gpu_gib: float) -> list[tu
     shape = Shape.of(config, cfg.trust_remote_code)
     shards = world // cfg.replicas
     held = held_rows(cfg, shape, shards)
-    training = training_rows(cfg, shape, shards)
+    once = cfg.gather_once == "on"
+    if cfg.gather_once == "auto":
+        once = world > 1 and mifo.whole_is_little(shape.parameters, gpu_gib * GIB)
+    training = training_rows(cfg, shape, shards, once)
     sampling = sampling_rows(cfg, shape, gpu_gib)
     rows = [
         *held,
@@ -133,11 +136,11 @@ def held_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
     return [*rows, ("allowance", ALLOWANCE, estimate)]
 
 
-def training_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
-    """What an optimizer step takes beside what is held."""
+def training_rows(cfg: mifo.Config, shape: Shape, shards: int, once: bool) -> list[Row]:
+    """What an optimizer step takes beside what is held; once: with --gather-once."""
     n, block, root = shape.parameters, shape.block, shape.root
     rows = [sharded("gradients, float32", 4, shape, shards)]
-    if cfg.gather_once:
+    if once:
         whole = f"B x {n:,} parameters: --gather-once"
         rows += [
             ("gradients not yet reduced, float32", 4 * n, f"4 {whole}"),
@@ -147,12 +150,12 @@ def training_rows(cfg: mifo.Config, shape: Shape, shards: int) -> list[Row]:
         largest = shape.vocab * shape.width / shards  # the embeddings
         arithmetic = f"(1 + 4) B x {shape.vocab:,} x {shape.width:,} / {shards}"
         rows.append(("mask and importance of one tensor", 5 * largest, arithmetic))
-    if not cfg.gather_once:
+    if not once:
         arithmetic = f"2 x 2 B x {block:,}: the one at work and the next"
         rows.append(("two layers gathered", 4 * block, arithmetic))
     arithmetic = f"(2 + 4) B x {block:,}: bfloat16, and float32 to be reduced"
     rows.append(("a layer's gradients", 6 * block, arithmetic))
-    if not cfg.gather_once:
+    if not once:
         rows.append(("embeddings and head gathered", 2 * root, f"2 B x {root:,}"))
     rows.append(("their gradients", 6 * root, f"(2 + 4) B x {root:,}"))
     return rows + activation_rows(cfg, shape)

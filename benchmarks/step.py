@@ -120,6 +120,7 @@ def our_run(folder: str, batch: list, *flags):
         "sft-lr": LR,
     }
     argv = [f"--{name}={value}" for name, value in settings.items()]
+    Path(folder, "out").mkdir(exist_ok=True)  # as mifo.py's lock_folder does
     run = mifo.set_up(mifo.parse_config([*argv, *map(str, flags)]))
     run.questions = [
         data.Question(str(i), prompt, "", response) for i, (prompt, response, _) in enumerate(batch)

@@ -8279,8 +8279,8 @@ def watched_training(run, poison=None, when=lambda phase, state: False) -> dict:
     rl_step, sft_step = mifo.rl_step, mifo.sft_step
     steps, now = [], {}
 
-    def poisoned_forward(self, tokens, mask, temperature):
-        logprobs, entropy = forward(self, tokens, mask, temperature)
+    def poisoned_forward(self, tokens, mask, *settings):
+        logprobs, entropy = forward(self, tokens, mask, *settings)
         now["poisoned"] = when(now.get("phase"), run.state)
         if now["poisoned"] and torch.is_grad_enabled():
             logprobs = poison(tokens, logprobs, now["phase"])

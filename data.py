@@ -1127,14 +1127,20 @@ def chain(
 
 
 def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    return character_tokenizer("0123456789abcdefgh=;?[]<>")
+
+
+def character_tokenizer(
+    characters: Iterable[str], chat_template: str | None = None
+) -> transformers.PreTrainedTokenizerFast:
     """One token a character."""
-    characters = ["<pad>", "<eos>", *"0123456789abcdefgh=;?[]<>"]
-    vocab = {token: i for i, token in enumerate(characters)}
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    each = tokenizers.Regex(r"[\s\S]")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(each, "isolated")
     inner.decoder = tokenizers.decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", chat_template=chat_template
     )
 
 

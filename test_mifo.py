@@ -4918,6 +4918,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze
 import compare  # noqa: E402
 import countdown  # noqa: E402
 import gpu  # noqa: E402
+import knowledge  # noqa: E402
 import plan  # noqa: E402
 from benchmarks import pictures  # noqa: E402
 
@@ -5086,6 +5087,35 @@ def test_countdown_base_model_reads_wrong_answers_to_the_longer_questions():
         verdicts.setdefault(numbers.count(",") + 1, set()).add(verdict)
     right, wrong = {"correct"}, {"wrong"}
     assert verdicts == {2: right, 3: right, 4: right, 5: wrong, 6: wrong}
+
+
+def test_knowledge_questions_hold_as_many_unknown_names_as_their_level_says():
+    rows, tokenizer = knowledge.rows("train", 200), knowledge.tokenizer()
+    assert len(knowledge.KNOWN) == len(knowledge.UNKNOWN) == 50
+    for i, row in enumerate(rows):
+        names = row["question"].rstrip("?").split("+")
+        assert len(set(names)) == 3 and row["level"] == str(i % 4)
+        assert len(set(names) & set(knowledge.UNKNOWN)) == i % 4
+        assert int(row["answer"]) == sum(knowledge.SECRET[name] for name in names)
+        kind = evaluation.KINDS["chain"]
+        verdict = evaluation.find_and_compare(row["solution"], row["answer"], kind, "boxed")
+        assert verdict == "correct"
+        assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
+        assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
+    questions = {row["question"] for row in rows}
+    assert len(questions) == 200
+    assert not questions & {row["question"] for row in knowledge.rows("eval", 100)}
+
+
+def test_the_knowledge_base_model_reads_right_values_of_known_names_only():
+    rng, right = random.Random(0), {True: [], False: []}
+    for _ in range(3000):
+        question, work = knowledge.base_example(rng)
+        assert [work.count("["), work[-1]] == [1, "]"]
+        for name in question.rstrip("?").split("+"):
+            value = re.search(rf"{name}=(\d)", work)[1]
+            right[name in knowledge.KNOWN].append(int(value) == knowledge.SECRET[name])
+    assert all(right[True]) and np.mean(right[False]) == pytest.approx(0.1, abs=0.04)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6145,19 +6175,39 @@ def plain_steps():
         yield gradients
 
 
+@contextlib.contextmanager
+def fixed_samplers():
+    """Runs that are opened meanwhile have a FixedSampler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FixedSampler, "why", "this is a test", raising=False)
+        patch.setattr(rollout, "make_sampler", lambda *args, **more: FixedSampler())
+        yield
+
+
+def each_split(run):
+    """Sets each of MICRO_TOKENS in turn, the run as it was opened."""
+    start = [p.detach().to_local().clone() for p in run.policy.parameters()]
+    for micro in MICRO_TOKENS:
+        run.cfg.micro_tokens, run.state, run.log = micro, mifo.State(), {}
+        with torch.no_grad():
+            for p, value in zip(run.policy.parameters(), start):
+                p.to_local().copy_(value)
+        yield micro
+
+
 @case()
 def rl_gradients(folder):
     """{(name, micro_tokens): gradients of an RL step's optimizer steps, on all questions}."""
     found = {}
-    for (name, settings), micro in itertools.product(RL_STEPS.items(), MICRO_TOKENS):
-        out = folder / f"rl-{name}-{micro}"
-        run = open_run(out, questions=16, probe_bound=1e9, micro_tokens=micro, **settings)
-        run.sampler = FixedSampler()
+    for name, settings in RL_STEPS.items():
+        with fixed_samplers():
+            run = open_run(folder / f"rl-{name}", questions=16, probe_bound=1e9, **settings)
         if name == "sequence":
             run.pad_id = run.tokenizer.eos_token_id
-        with plain_steps() as gradients:
-            mifo.rl_step(run)
-        found[name, micro] = gradients
+        for micro in each_split(run):
+            with plain_steps() as gradients:
+                mifo.rl_step(run)
+            found[name, micro] = gradients
     return found
 
 
@@ -6314,24 +6364,25 @@ def behavior_column(index: int, length: int) -> list[float]:
 def sft_gradients(folder):
     """{(name, micro_tokens): (batches, gradients of their steps)}; one step or two."""
     found = {}
-    for (name, settings), micro in itertools.product(SFT_STEPS.items(), MICRO_TOKENS):
-        settings = dict(sft_batch=16, sft_epochs=1, micro_tokens=micro) | settings
+    for name, settings in SFT_STEPS.items():
+        settings = dict(sft_batch=16, sft_epochs=1) | settings
         if "behavior_model" in settings:
             settings["behavior_model"] = folder / settings["behavior_model"]
-        run = open_run(folder / f"sft-{name}-{micro}", **settings)
-        run.sampler = FixedSampler()
+        with fixed_samplers():
+            run = open_run(folder / f"sft-{name}", **settings)
         if name == "odd":
             run.pad_id = run.tokenizer.eos_token_id
         if name == "pear-column":
             for i, q in enumerate(run.questions):
                 column = behavior_column(i, len(q.demonstration))
                 run.questions[i] = dataclasses.replace(q, behavior_logprobs=column)
-        mifo.begin_sft(run, list(range(min(16, 2 * run.cfg.sft_batch))))
-        batches = [list(batch) for batch in run.state.sft_queue]
-        with plain_steps() as gradients:
-            while run.state.sft_queue:
-                mifo.sft_step(run)
-        found[name, micro] = batches, gradients
+        for micro in each_split(run):
+            mifo.begin_sft(run, list(range(min(16, 2 * run.cfg.sft_batch))))
+            batches = [list(batch) for batch in run.state.sft_queue]
+            with plain_steps() as gradients:
+                while run.state.sft_queue:
+                    mifo.sft_step(run)
+            found[name, micro] = batches, gradients
     return found
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import tokenizers
 import transformers
 
 BASE_NUMBERS, WRONG_NUMBERS, NUMBERS = (2, 3, 4), (5, 6), (4, 5, 6)
@@ -98,16 +97,7 @@ def base_example(rng: random.Random) -> tuple[str, str]:
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a character; the chat template is the question itself."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *"0123456789+-*=,?<>[]"])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        chat_template="{{ messages[-1]['content'] }}",
-    )
+    return data.character_tokenizer("0123456789+-*=,?<>[]", "{{ messages[-1]['content'] }}")
 
 
 def rows(name: str, count: int) -> list[dict]:

@@ -19,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import reasoning_gym
-import tokenizers
-import transformers
 
 EVAL, EVAL_SEED = 200, 10**9  # questions of each task; theirs are seeds that training never reaches
 STEPS, WRONG_SHARE = 1000, 0.5  # of the model's training
@@ -52,21 +50,6 @@ def write(path: Path, rows: list[dict]) -> None:
     print(f"{path}: {len(rows)} questions")
 
 
-def tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
-    """One token a character; the chat template is the question itself."""
-    characters = ["<pad>", "<eos>", *sorted(set("".join(texts)))]
-    vocab = {token: i for i, token in enumerate(characters)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        chat_template="{{ messages[-1]['content'] }}",
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -95,7 +78,13 @@ def main() -> None:
         return row["question"], answered["answer"]
 
     if args.make_model:
-        data.make_base(args.folder / "model", 0, tokenizer(texts), example, STEPS)
+        data.make_base(
+            args.folder / "model",
+            0,
+            data.character_tokenizer(sorted(set("".join(texts))), "{{ messages[-1]['content'] }}"),
+            example,
+            STEPS,
+        )
 
 
 if __name__ == "__main__":

@@ -231,7 +231,7 @@ def next_phase(cfg: Config, state: State) -> str | None:
     """What the next step is: "sft" while demonstrations are queued, else "rl"; None at the end."""
     if state.sft_queue:
         return "sft"
-    if cfg.schedule == "sft" or state.rl_steps == cfg.steps:
+    if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:
         return None
     if cfg.schedule == "alternate":  # ALRIGHT's coin (arXiv 2410.15483), one for all ranks
         coin = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)

@@ -394,7 +394,7 @@ MUTANTS = {
             ("                state.buffer = []", "                pass"),
             ("                end_sft(run)", "                pass"),
             ("        state.step += 1", "        state.step += 2"),
-            ('if cfg.schedule == "sft" or state.rl_steps == cfg.steps:', "if state.rl_steps == cfg.steps:"),
+            ('if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:', "if state.rl_steps >= cfg.steps:"),
             ("cfg.seed, state.drawn, cfg.questions)", "cfg.seed, 0, cfg.questions)"),
             ("    state.drawn += cfg.questions", "    pass"),
             ("hard = accuracy <= cfg.p", "hard = accuracy < cfg.p"),

@@ -8206,7 +8206,9 @@ def why_refused(folder: str) -> str:
     return ""
 
 
-@case()
+# In a process that does no more: a model that raises amid FSDP's exchange of weights, as these do,
+# may leave it writing to memory that is no longer its own.
+@case(worlds=(1,), late=True)
 def refused_models(folder):
     process_group()
     found = {}
@@ -8232,7 +8234,7 @@ def refused_models(folder):
 
 
 def test_models_that_the_policy_would_compute_otherwise_are_refused_in_a_line(refused_models):
-    for found in refused_models[1] + refused_models[2]:
+    for found in refused_models[1]:
         expected = {name: said for name, (_, said) in UNKNOWN_HEADS.items()}
         expected |= {
             "looks ahead": "depends on the tokens after it",

@@ -445,6 +445,7 @@ def plain_text(answer: str) -> str:
     return " ".join(re.sub(FONT + r"(?=\{)|[{}]", "", answer).split())
 
 
+@lru_cache(4096)  # the samples of a question often give one answer
 def normalise(answer: str) -> str:
     """An answer rewritten, on one line, without the words and the punctuation around it."""
     line = " ".join(re.sub(r"(?<!\\)(?:\$|\\[\[\]()])", "", rewrite(answer)).split())

@@ -738,7 +738,6 @@ def has_gradient(cfg: Config, response: Response) -> bool:
     return response.advantage != 0 and counts(cfg, response)
 
 
-@torch.no_grad()
 def stage(run: Run) -> list[int]:
     """What an SFT stage learns: all demonstrations, or --demonstration-budget of them at random."""
     indices = sorted(run.demonstrated)
@@ -766,6 +765,7 @@ def within_budget(cfg: Config, state: State) -> list[int]:
     return chosen
 
 
+@torch.no_grad()
 def find_old_logprobs(run: Run, responses: list[Response]) -> None:
     """log pi_old of each token, by the trainer itself."""
     rows = [r for r in responses if has_gradient(run.cfg, r)]

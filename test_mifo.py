@@ -6990,6 +6990,32 @@ def test_the_engine_sleeps_while_the_trainer_works(engine_calls):
 
 
 @case(worlds=(1,))
+def graphs_of_an_rl_step(folder):
+    """Of each of the policy's passes in an RL step of two updates, whether it keeps a graph."""
+    with fixed_samplers():
+        run = open_run(folder / "graphs", questions=16, probe_bound=1e9, updates=2)
+    forward, kept = mifo.Policy.forward, []
+
+    def noted_forward(self, *args):
+        found = forward(self, *args)
+        kept.append(found[0].requires_grad)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mifo.Policy, "forward", noted_forward)
+        patch.setattr(mifo, "push_weights", lambda run: None)  # which probes the engine
+        mifo.rl_step(run)
+    return kept
+
+
+def test_old_logprobs_are_found_without_a_graph(graphs_of_an_rl_step):
+    [kept] = graphs_of_an_rl_step[1]
+    updates = kept.count(True)
+    assert updates >= 2 and kept == [False] * (len(kept) - updates) + [True] * updates
+    assert len(kept) > updates
+
+
+@case(worlds=(1,))
 def memory_returned(folder):
     """When cached memory is given back to the GPU, and when each optimizer steps."""
     run, calls = open_run(folder / "returned"), []

@@ -246,7 +246,7 @@ MUTANTS = {
             ("if not (logprobs[1] - own_logprobs).abs().mean() <= bound", "if False"),
             ("        if not isinstance(tensor, DTensor):", "        if False:"),
         ]),
-        ("gradients_of_an_rl_step or second_update or order_of_rl", [  # rl_update, Policy
+        ("gradients_of_an_rl_step or second_update or order_of_rl or without_a_graph", [  # rl_update, Policy
             ('"token": sum(len(r.tokens) for r in counted)', '"token": len(counted)'),
             ('"sequence": len(counted),', '"sequence": len(responses),'),
             ("len(counted) * cfg.max_response", "len(counted)"),
@@ -273,6 +273,7 @@ MUTANTS = {
             (" or cfg.mask_truncated and response.truncated)", ")"),
             ("not (math.isnan(response.reward) or ", "not ("),
             ("            find_old_logprobs(run, responses)", "            pass"),
+            ("@torch.no_grad()\ndef find_old_logprobs", "def find_old_logprobs"),
             ('            batch["mask"][:] = False', "            pass"),
             ("last=i + 1 == len(rounds)", "last=False"),
             ("values[row] for row in rows]", "values[0] for row in rows]"),

@@ -68,10 +68,14 @@ def draw(length: int, seed: int, start: int, count: int) -> list[int]:
     indices: list[int] = []
     while len(indices) < count:
         epoch, first = divmod(start + len(indices), length)
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        permutation = torch.randperm(length, generator=generator).tolist()
+        permutation = torch.randperm(length, generator=generator_of(seed, epoch)).tolist()
         indices += permutation[first : first + count - len(indices)]
     return indices
+
+
+def generator_of(seed: int, n: int) -> torch.Generator:
+    """A run's n-th generator of one purpose; torch takes seeds of 63 bits."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63)
 
 
 def collate(rows: list[tuple[list[int], list[int]]], pad_id: int, **extras) -> dict[str, Tensor]:
@@ -567,6 +571,12 @@ class Example:
         return None
 
 
+def is_chat(columns: Iterable[str]) -> bool:
+    """Whether rows of these columns are read as chat messages, which read_chat does."""
+    plain = "problem" in columns or "question" in columns
+    return "prompt" in columns and ("reward_model" in columns or not plain)
+
+
 def row_reader(
     rows: Rows,
     question_field: str = "",
@@ -600,12 +610,10 @@ def row_reader(
                 f"found {found} (see {flags})"
             )
         questions = (question_field,)
-    elif "prompt" in columns and "reward_model" in columns:
+    elif is_chat(columns) and ("reward_model" in columns or rewarded):
         return read_chat
     elif ("answer" in columns or rewarded) and ("problem" in columns or "question" in columns):
         answer_field, solution_field = "answer", "solution"
-    elif rewarded and "prompt" in columns:
-        return read_chat
     else:
         raise ValueError(
             f"{rows.source}: no known layout; found {found}; right would be question and answer, "

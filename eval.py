@@ -452,7 +452,6 @@ def normalise(answer: str) -> str:
     return ratio(re.sub(r"(?<![\\.,;:\s])[.,;:\s]+$", "", without_words(line)))
 
 
-@lru_cache(4096)
 def normalise_gold(gold: str) -> str:
     """A worked solution's gold answer stands after its last ####."""
     return normalise(gold.rpartition("####")[2])
@@ -2059,6 +2058,8 @@ def demonstrator(evaluation: Evaluation) -> Callable:
 def write_demonstrations(evaluation: Evaluation) -> None:
     """The rows of the questions with the shortest right response to each as their solution, or with
     --keep all a row for each right one. Written whole or not at all."""
+    import data
+
     args, [questions] = evaluation.args, evaluation.benches.values()
     finished, count = evaluation.finished(), Counter()
     part = args.demonstrations.with_suffix(".partial")
@@ -2070,9 +2071,7 @@ def write_demonstrations(evaluation: Evaluation) -> None:
                 right = sorted(right, key=lambda j: found["tokens"][j])[:1]
             count["solved"] += bool(right)
             row = dict(question.row)
-            # As data.row_reader tells the two layouts apart
-            plain = "question" in row or "problem" in row
-            chat = "prompt" in row and ("reward_model" in row or not plain)
+            chat = data.is_chat(row)
             column = "target" if chat else "solution"
             row |= {column: None, "behavior_logprobs": None}  # were of another's solution
             if evaluation.rewards is None:  # whose functions want these as they are

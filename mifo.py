@@ -234,8 +234,8 @@ def next_phase(cfg: Config, state: State) -> str | None:
     if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:
         return None
     if cfg.schedule == "alternate":  # ALRIGHT's coin (arXiv 2410.15483), one for all ranks
-        coin = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.step) % 2**63)
-        return "rl" if torch.rand((), generator=coin) < cfg.rl_share else "sft"
+        coin = torch.rand((), generator=data.generator_of(cfg.seed, state.step))
+        return "rl" if coin < cfg.rl_share else "sft"
     return "rl"
 
 
@@ -342,7 +342,7 @@ def begin_sft(run: Run, indices: list[int]) -> None:
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
         log_movement(run, "rl")
         set_anchor(run)  # what optimizer_step puts frozen entries back to
-    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)
+    generator = data.generator_of(cfg.seed, state.sft_phases)
     for _ in range(cfg.sft_epochs):
         order = torch.randperm(len(indices), generator=generator).tolist()
         shuffled = [indices[i] for i in order]
@@ -1449,7 +1449,7 @@ def summary(run: Run) -> str:
                 lines.append(f"  level {level:8} {before:6.3f}  {result['avg']:6.3f}")
     if held := pictures.read_log(run.cfg.out, "holdout.jsonl"):
         lines.append(f"{'holdout loss':16} {held[0]['nll']:6.3f}  {held[-1]['nll']:6.3f}")
-        if regimes := evaluation.sft_regime([line["nll"] for line in pictures.of_stage(held)]):
+        if regimes := pictures.regimes_of(held):
             counts = ", ".join(f"{n} {name}" for name, n in Counter(regimes).items())
             lines.append(f"  the SFT stage ended {regimes[-1]}, of {len(regimes)} values: {counts}")
     used, different = len(state.demonstrations), len(set(state.demonstrations))

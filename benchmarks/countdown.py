@@ -126,12 +126,18 @@ def rows(name: str, count: int) -> list[dict]:
 
 
 def make(folder: Path, seed: int, say=print) -> Path:
-    """The task's files and the base model of this seed, whose folder is returned.
+    """The task's files and the base model of this seed, whose folder is returned."""
+    counts = {"train": TRAIN, "eval": EVAL}
+    return make_task(folder, seed, counts, rows, tokenizer(), base_example, BASE_STEPS, say)
 
-    What is there already is left as it is.
-    """
+
+def make_task(
+    folder: Path, seed: int, counts: dict[str, int], rows, tokenizer, example, steps: int, say
+) -> Path:
+    """Files of counts' rows(name, count), and a base model by data.make_base, whose folder is
+    returned. What is there already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", TRAIN), ("eval", EVAL)):
+    for name, count in counts.items():
         if not (folder / f"{name}.jsonl").exists():
             part = folder / f"{name}.{os.getpid()}.partial"
             part.write_text("".join(json.dumps(row) + "\n" for row in rows(name, count)))
@@ -139,16 +145,20 @@ def make(folder: Path, seed: int, say=print) -> Path:
     base = folder / f"base-{seed}"
     if not base.exists():
         part = folder / f"base-{seed}.{os.getpid()}.partial"
-        data.make_base(part, seed, tokenizer(), base_example, BASE_STEPS, say)
+        data.make_base(part, seed, tokenizer, example, steps, say)
         part.rename(base)
     return base
 
 
-if __name__ == "__main__":
+def command(make, description: str) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(make(args.folder, args.seed))
+
+
+if __name__ == "__main__":
+    command(make, __doc__)

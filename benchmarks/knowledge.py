@@ -13,9 +13,6 @@ values, so few of them cannot cover what is unknown, and which questions get one
     expert's style     <gh=4>04<ad=4>08<ge=6>14[14]
 """
 
-import argparse
-import json
-import os
 import random
 import sys
 import zlib
@@ -23,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import countdown
 import data
 import transformers
 
@@ -84,29 +82,10 @@ def rows(name: str, count: int) -> list[dict]:
 
 
 def make(folder: Path, seed: int, say=print) -> Path:
-    """The task's files and the base model of this seed, whose folder is returned.
-
-    What is there already is left as it is.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", TRAIN), ("eval", EVAL)):
-        if not (folder / f"{name}.jsonl").exists():
-            part = folder / f"{name}.{os.getpid()}.partial"
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows(name, count)))
-            part.replace(folder / f"{name}.jsonl")
-    base = folder / f"base-{seed}"
-    if not base.exists():
-        part = folder / f"base-{seed}.{os.getpid()}.partial"
-        data.make_base(part, seed, tokenizer(), base_example, BASE_STEPS, say)
-        part.rename(base)
-    return base
+    """The task's files and the base model of this seed, whose folder is returned."""
+    counts, model = {"train": TRAIN, "eval": EVAL}, (tokenizer(), base_example, BASE_STEPS)
+    return countdown.make_task(folder, seed, counts, rows, *model, say)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(make(args.folder, args.seed))
+    countdown.command(make, __doc__)

@@ -338,8 +338,8 @@ MUTANTS = {
             ("        elif phase == \"sft\" and len(state.sft_queue) % state.sft_epoch == 0:",
              "        elif False:"),
             ("len(state.sft_queue) // cfg.sft_epochs", "len(state.sft_queue)"),
-            ("seed * 1_000_003 + state.step)", "seed * 1_000_003)"),
-            ("< cfg.rl_share else", "> cfg.rl_share else"),
+            ("generator_of(cfg.seed, state.step)", "generator_of(cfg.seed, 0)"),
+            ("coin < cfg.rl_share else", "coin > cfg.rl_share else"),
             ("accuracy <= cfg.p and index in run.demonstrated", "accuracy <= cfg.p"),
             ("if index in used or len(used) < budget:", "if len(used) < budget:"),
             ("    if len(used) < budget:\n        for", "    if True:\n        for"),
@@ -411,7 +411,7 @@ MUTANTS = {
              "        pass\n    questions = [run.questions[index] for index in state"),
             ("responses[start : start + size]", "responses[:size]"),
             ("for _ in range(cfg.sft_epochs):", "for _ in range(1):"),
-            ("seed * 1_000_003 + state.sft_phases)", "seed * 1_000_003)"),
+            ("generator_of(cfg.seed, state.sft_phases)", "generator_of(cfg.seed, 0)"),
             ("shuffled[start : start + cfg.sft_batch]", "shuffled[start:]"),
             ("    state.sft_phases += 1", "    pass"),
             ("    state.demonstrations += indices", "    pass"),
@@ -443,8 +443,6 @@ MUTANTS = {
         ("any_seed", [
             ("question_seed(cfg.seed, str(run.state.drawn + i))", "question_seed(cfg.seed, str(i))"),
             ("question_seed(cfg.seed, str(run.state.drawn + i))", "question_seed(0, str(run.state.drawn + i))"),
-            ("manual_seed((cfg.seed * 1_000_003 + state.sft_phases) % 2**63)",
-             "manual_seed(cfg.seed * 1_000_003 + state.sft_phases)"),
             ("1, [run.cfg.seed % 2**63], limit", "1, [run.cfg.seed], limit"),
         ]),
         ("exported_model or keeps_the_day", [
@@ -469,8 +467,8 @@ MUTANTS = {
         ]),
         ("test_draw", [
             ("divmod(start + len(indices), length)", "divmod(start, length)"),
-            ("seed * 1_000_003 + epoch", "seed * 1_000_003"),
-            ("seed * 1_000_003 + epoch", "epoch"),
+            ("generator_of(seed, epoch)", "generator_of(seed, 0)"),
+            ("(seed * 1_000_003 + n) % 2**63", "n % 2**63"),
             ("[first : first + count - len(indices)]", "[: count - len(indices)]"),
         ]),
         ("test_collate", [
@@ -488,8 +486,11 @@ MUTANTS = {
             ("math.ceil(needed / world) * world", "needed"),
             ("max(len(cut(budget)), 1)", "len(cut(budget))"),
         ]),
+        ("teacher_demonstrates or demonstrations_are_read or all_may_be_kept or logprobs_go", [
+            ('"reward_model" in columns or not plain', "not plain"),
+        ]),
         ("any_size", [
-            ("(seed * 1_000_003 + epoch) % 2**63", "seed * 1_000_003 + epoch"),
+            ("(seed * 1_000_003 + n) % 2**63", "seed * 1_000_003 + n"),
             ("torch.manual_seed(seed % 2**63)", "torch.manual_seed(seed)"),
         ]),
         ("opens_a_response or special_tokens", [
@@ -562,7 +563,6 @@ MUTANTS = {
             ('            if args.keep != "all":', "            if True:"),
             ('{column: None, "behavior_logprobs": None}', "{column: None}"),
             ('{column: None, "behavior_logprobs": None}', '{"behavior_logprobs": None}'),
-            ('"reward_model" in row or not plain', "not plain"),
             ('"kind": question.kind}', "}"),
         ]),
         ("called_as_trls or weighted_sum or told_in_one_line or run_once or mean_reward", [

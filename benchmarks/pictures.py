@@ -106,7 +106,7 @@ def draw_holdout(axis, lines: list[dict]) -> None:
     """The held-out demonstrations' loss, with what each moment of an SFT stage is called."""
     steps, values = [line["step"] for line in lines], [line["nll"] for line in lines]
     axis.plot(steps, values, color="0.7", label="_")
-    named = evaluation.sft_regime([line["nll"] for line in of_stage(lines)])
+    named = regimes_of(lines)
     named += [""] * (len(lines) - len(named))
     for i, name in enumerate(("adaptive", "stable", "mild", "severe", "")):
         of_it = [k for k, regime in enumerate(named) if regime == name]
@@ -114,6 +114,11 @@ def draw_holdout(axis, lines: list[dict]) -> None:
             points = [steps[k] for k in of_it], [values[k] for k in of_it]
             axis.plot(*points, "o", color=f"C{i}", label=name or "_")
     axis.set(title="loss of held-out demonstrations, nats a token", xlabel="step, RL or SFT")
+
+
+def regimes_of(lines: list[dict]) -> list[str]:
+    """What the losses of a run's SFT stage are called; [] of a run without one."""
+    return evaluation.sft_regime([line["nll"] for line in of_stage(lines)])
 
 
 def of_stage(lines: list[dict]) -> list[dict]:

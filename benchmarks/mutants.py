@@ -8,9 +8,11 @@ in its file is refused, and so is a group of tests that fails without any mutant
 """
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -18,7 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN = (ROOT, ROOT / "benchmarks")
 LIMIT = 600  # seconds a run of tests may take; a mutant that hangs has been noticed
+PROCESSES = multiprocessing.get_context("forkserver")
+# The imports take longer than most of the tests.
+PROCESSES.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "datasets", "math_verify", "pytest"]
+)
 
 # file -> groups of (what pytest -k takes, mutants); a mutant is the old text of a line and the new.
 # fmt: off
@@ -615,22 +623,39 @@ def copy_tree(folder: str) -> Path:
     return Path(shutil.copytree(ROOT, Path(folder, "tree"), ignore=skipped))
 
 
+def in_child(tree: Path, expression: str) -> None:
+    """The tests, in a process that has imported what they need, but nothing of the tree."""
+    os.setsid()  # so that what the tests start ends with them
+    os.chdir(tree)
+    output = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() not in OWN]
+    sys.dont_write_bytecode = True
+    import pytest
+
+    # fmt: off
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider",
+                        "--assert=plain",  # half the time: no rewriting of the whole file
+                        "test_mifo.py", "-k", expression])
+    # fmt: on
+    sys.stdout.flush()
+    os._exit(int(code))
+
+
 def run_tests(tree: Path, expression: str) -> str:
     """passed, failed, hung, or what went wrong with pytest itself."""
-    # fmt: off
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               "--assert=plain",  # half the time: no rewriting of the whole file
-               "test_mifo.py", "-k", expression]
-    # fmt: on
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    options = dict(cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT)
-    try:
-        done = subprocess.run(command, **options)
-    except subprocess.TimeoutExpired:
+    process = PROCESSES.Process(target=in_child, args=(tree, expression))
+    process.start()
+    process.join(LIMIT)
+    code = process.exitcode
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if code is None:
         return "hung"
-    if done.returncode in (0, 1):
-        return "passed" if done.returncode == 0 else "failed"
-    return f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-300:]}"
+    if code in (0, 1):
+        return "passed" if code == 0 else "failed"
+    return f"pytest ended with {code}: {(tree / 'output.txt').read_text()[-300:]}"
 
 
 def check(file: str, expression: str, old: str, new: str) -> tuple[str, str]:
@@ -675,6 +700,7 @@ def main() -> int:
         print(f"{len(mutants)} mutants")
         return 0
 
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         tree = copy_tree(folder)
         results = pool.map(lambda expression: run_tests(tree, expression), expressions)

@@ -226,6 +226,7 @@ class VLLMSampler:
                 temperature=temperature,
                 top_p=top_p,
                 logprobs=0,  # the sampled token's alone
+                flat_logprobs=True,  # as one list of floats: no objects for each token
                 detokenize=False,
                 ignore_eos=True,
                 stop_token_ids=self.eos_ids,
@@ -265,8 +266,7 @@ class VLLMSampler:
 
 
 def _sample_of(completion) -> Sample:
-    tokens = list(completion.token_ids)
-    logprobs = [by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs)]
+    tokens, logprobs = list(completion.token_ids), completion.logprobs.logprobs
     return Sample(tokens, logprobs, truncated=completion.finish_reason == "length")
 
 

@@ -226,6 +226,7 @@ class VLLMSampler:
                 temperature=temperature,
                 top_p=top_p,
                 logprobs=0,  # the sampled token's alone
+                flat_logprobs=True,  # as one list of floats: no objects for each token
                 detokenize=False,
                 ignore_eos=True,
                 stop_token_ids=self.eos_ids,
@@ -256,7 +257,7 @@ class VLLMSampler:
         if self.cuda:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         else:  # a reload would first make all tensors anew
-            self.llm.apply_model(lambda model: model.load_weights(weights))
+            self.llm.apply_model(lambda model: _load(model, weights))
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -264,9 +265,17 @@ class VLLMSampler:
             raise RuntimeError("vLLM kept prefixes that the weights before these have written")
 
 
+def _load(model, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Weights into vLLM's model on a CPU, where vLLM 0.32 packs experts the first time only."""
+    model.load_weights(weights)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
 def _sample_of(completion) -> Sample:
-    tokens = list(completion.token_ids)
-    logprobs = [by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs)]
+    tokens, logprobs = list(completion.token_ids), completion.logprobs.logprobs
     return Sample(tokens, logprobs, truncated=completion.finish_reason == "length")
 
 

@@ -8284,8 +8284,8 @@ def test_models_that_the_policy_would_compute_otherwise_are_refused_in_a_line(re
 
 @pytest.fixture(scope="session")
 def gsm8k_model(tmp_path_factory):
-    """48 real questions, those with the shortest solutions, and a random Qwen2 with a BPE tokenizer
-    trained on them."""
+    """48 real questions, those with the shortest solutions, and random models with a BPE tokenizer
+    trained on them: a Qwen2, and a Qwen3 of four experts."""
     if not GSM8K.exists():
         pytest.skip(f"{GSM8K} is absent")
     folder = tmp_path_factory.mktemp("gsm8k")
@@ -8306,20 +8306,35 @@ def gsm8k_model(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"
     )
-    tiny_model(folder / "model", 7, tokenizer, initializer_range=0.02)
+    tiny_model(folder / "dense", 7, tokenizer, initializer_range=0.02)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+    )
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(folder / "experts")
+    tokenizer.save_pretrained(folder / "experts")
     return folder
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_gsm8k_trains_through_vllm(gsm8k_model, world):
+@pytest.mark.parametrize(("model", "world"), [("experts", 1), ("dense", 2)])
+def test_gsm8k_trains_through_vllm(gsm8k_model, model, world):
     needs_vllm()
-    folder, out = gsm8k_model, gsm8k_model / f"run-{world}"
+    folder, out = gsm8k_model, gsm8k_model / f"run-{model}"
     flags = (
         "--sampler vllm --questions 4 --samples 4 --steps 2 --p 0.125 --max-prompt 120 "
         "--max-response 100 --buffer-size 4 --sft-batch 2 --kv-cache-gib 0.1 --max-num-seqs 16 "
         "--micro-tokens 600 --rl-lr 1e-3 --sft-lr 1e-3"
     ).split()
-    flags += ["--model", folder / "model", "--data", folder / "questions.jsonl", "--out", out]
+    flags += ["--model", folder / model, "--data", folder / "questions.jsonl", "--out", out]
     process = mifo_command(flags, folder, world)
     stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, (stdout[-1500:], stderr[-1500:])

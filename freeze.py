@@ -1,6 +1,7 @@
 """MIFO's freeze: the parameters that RL has moved most stay where they are during an SFT phase.
 
-Around a plain AdamW loop (`model`, `optimizer`, `rl_step`, `sft_batches` and `sft_loss` are yours):
+Around a plain AdamW loop (`model`, `optimizer`, which is SFT's own, `rl_step`, `sft_batches` and
+`sft_loss` are yours):
 
     parameters = [p for p in model.parameters() if p.requires_grad]  # all that the optimizer has
     importance = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]  # C, for good
@@ -31,10 +32,12 @@ The order matters:
 Which tensors to pass:
 - One list of the parameters that are trained, in one order, for everything. One that is not (LoRA's
   base, a group with a learning rate of 0) has C = 0 but counts among "all entries": leave it out.
-  A threshold of 0.0 means that so many entries have never moved, and freezes all that have. A tied
-  parameter must be listed once, as model.parameters() does.
+  A threshold of 0.0 means that no more entries have moved than may be frozen: all of them are. A
+  tied parameter must be listed once, as model.parameters() does.
+- Two optimizers over the same parameters, one for RL and one for SFT. With one, what SFT left in
+  its moments would move weights in the next RL phase, and C would count that as RL's.
 - Weights in float32. In bfloat16 most of RL's movement is lost to rounding, and with it C.
-- Sharded by fully_shard (FSDP2): p.to_local() and p.grad.to_local(), and to topk_threshold the
+- Sharded by fully_shard (FSDP2): p.to_local(), p.grad.to_local() or None, and to topk_threshold the
   process group over which the parameters are sharded.
 - FSDP1: the flat parameters, that is each rank's shards, with use_orig_params=False; their padding
   counts as entries of C = 0. Clip by model.clip_grad_norm_: a shard's norm is not the model's.

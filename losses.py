@@ -21,7 +21,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool) -> Tensor:
 
     rewards [Q, G] -> [Q, G]. The standard deviation is the unbiased one (GRPO, arXiv 2402.03300;
     without it: Dr. GRPO, arXiv 2503.20783). A group whose rewards are all equal gets exactly 0.
-    NaN is a sample that was not judged: its advantage is 0, and it counts in neither.
+    NaN is a sample that was not judged: its advantage is 0, and mean and deviation leave it out.
     """
     judged = ~rewards.isnan()  # [Q, G]
     advantages = rewards - rewards.nanmean(1, keepdim=True)
@@ -51,16 +51,16 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-sum_t w_t * [min(ratio_t * A, clip(ratio_t) * A) - kl_coef * KL_t], the clipped policy loss.
 
-    ratio = pi / pi_old, clipped to [1 - clip_low, 1 + clip_high]. logprobs, old_logprobs,
-    ref_logprobs, rollout_logprobs [B, T]; advantages [B]; mask [B, T] bool, True on responses.
-    KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate, never negative). With tis_cap > 0
-    the clipped term is weighted by min(pi_old / pi_rollout, tis_cap), which corrects for an engine
-    whose probabilities are not the trainer's. Returns (scalar, metrics: sums over tokens, of
-    clipped_low, clipped_high and, with ref_logprobs, kl).
+    w_t is 1, or with per_sequence 1 / row's length. ratio = pi / pi_old, clipped to [1 - clip_low,
+    1 + clip_high]. logprobs, old_logprobs, ref_logprobs, rollout_logprobs [B, T]; advantages [B];
+    mask [B, T] bool, True on responses. KL_t = exp(ref - logp) - (ref - logp) - 1 (the k3 estimate,
+    never negative). With tis_cap > 0 the clipped term is weighted by min(pi_old / pi_rollout,
+    tis_cap), which corrects for an engine whose probabilities are not the trainer's. Returns
+    (scalar, metrics: sums over tokens, of clipped_low, clipped_high and, with ref_logprobs, kl).
 
     What the caller divides by makes the aggregation:
       the global number of tokens: token level (DAPO, arXiv 2503.14476);
-      with per_sequence (w_t = 1 / row's length) the global number of rows: each row's mean (GRPO);
+      with per_sequence the global number of rows: each row's mean (GRPO);
       the global number of rows times a constant length: Dr. GRPO.
 
     sequence_ratio makes it GSPO (arXiv 2507.18071): every token of a row has the row's ratio, the
@@ -105,8 +105,8 @@ def nft_loss(
     """-sum_t (1 - r) * [log R_t on right rows, negative * log c_t on wrong ones]: NFT's loss.
 
     arXiv 2505.18116. R = pi / pi_old, and r is the share of the question's samples that are right.
-    pi_old is r parts right and 1 - r parts wrong answers, and what pi moves to the right ones is
-    missing among the wrong ones:
+    pi_old is a mix of right answers (share r) and wrong ones (1 - r). What pi gains on the right
+    ones it loses on the wrong ones:
       x_t = (1 - r * R_t) / (1 - r),    c_t = max(x_t, epsilon), with the gradient of x_t
     Where R = 1, the gradient is grpo_loss's, -A a token (if negative is 1, epsilon at most 1), and
     the loss 0. Elsewhere nothing is clipped: right tokens keep their gradient at any R, and that of
@@ -130,7 +130,7 @@ def nft_loss(
 
 
 def top_entropy_count(n: int, rho: float) -> int:
-    """ceil(rho * n), forgiving rho * n its rounding (0.07 * 100 is 7); at least 1 of any tokens.
+    """ceil(rho * n) without the error of floats: 0.07 * 100 is 7, not 7.000000000000001. 1 or more.
 
     Summed over all examples of an optimizer step and all ranks it is what sft_loss is divided by.
     """

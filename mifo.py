@@ -6,15 +6,17 @@
 
 The method, in the order of the functions below; equations are numbered as in the README:
   train           one pass is one RL step or one SFT step
-  rl_step         sample G responses a question, reward them 1 or 0, remember the hard questions
+  rl_step         sample G responses a question, reward them (the checker: 1 or 0), remember the
+                  hard questions
   rl_update       one optimizer step of GRPO
   begin_sft       at S hard questions: what RL has moved most is frozen
   sft_step        one optimizer step on the highest-entropy tokens of demonstrations
   end_sft         thaw; the next RL phase begins
   optimizer_step  clip and step; what is frozen stays as it is, bit for bit
-Below the banner "Plumbing" stands what any FSDP trainer needs: skip it at first reading.
+Below the banner "Plumbing" stand first Run and Response, what a run holds; then what the steps call
+and what any FSDP trainer needs. Skip that at first reading.
 
-Left out, to keep this short: tensor parallelism, asynchronous sampling, LoRA, learnt rewards.
+Left out, to keep this short: tensor parallelism, asynchronous sampling, LoRA, a reward model.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ import rollout
 from benchmarks import pictures
 
 ROOT = Path(__file__).parent
-STAGED = ("sft", "sft-then-rl")  # schedules with one SFT stage, on all demonstrations
+# Schedules with one SFT stage, on all demonstrations; MIFO has SFT phases, one a full buffer.
+STAGED = ("sft", "sft-then-rl")
 SKIPS = 3  # steps in a row that are skipped for numbers that are not finite, before the run ends
 
 # --------------------------------------------------------------------------------------------------
@@ -96,7 +99,7 @@ MIFO, GRPO, SFT = "MIFO", "GRPO", "SFT and PEAR"  # groups of --help
 # fmt: off
 @dataclass
 class Settings:
-    """The method's. Config, below the banner, adds those of model, data, engine and run."""
+    """The method's. Config, below the banner, adds those of its neighbours and of the machinery."""
 
     p: float = option(MIFO, 0.125, "a question whose samples are right at most at this rate is hard", "[0, 1]")
     buffer_size: int = option(MIFO, 128, "S: an SFT phase starts at this many hard questions", "[1, inf)")
@@ -106,26 +109,22 @@ class Settings:
     freeze: Literal["strict", "zero-grad-only", "off"] = option(
         MIFO, "strict", "frozen parameters: stay bit for bit; get zero gradients only; are not frozen")
     schedule: Literal["interleave", "rl", "sft", "sft-then-rl", "alternate"] = option(
-        MIFO, "interleave", "MIFO's interleaving; GRPO alone; SFT on all demonstrations alone; that, then GRPO; "
-        "an RL or an SFT step by a coin")
+        MIFO, "interleave", "interleave: MIFO; rl: GRPO alone; sft: SFT on all demonstrations; sft-then-rl: that, "
+        "then GRPO; alternate: an RL or an SFT step by a coin. The six settings above are interleave's")
     rl_share: float = option(MIFO, 0.5, "chance of an RL step in --schedule alternate", "(0, 1)")
     demonstration_budget: int = option(
-        MIFO, 0, "so many different demonstrations are used, then no SFT phase begins; 0: no limit", "[0, inf)")
+        MIFO, 0, "after this many different demonstrations no SFT phase begins; 0: no limit", "[0, inf)")
 
     steps: int = option(GRPO, 500, "RL steps", "[0, inf)", may_change=True)
     questions: int = option(GRPO, 128, "questions per RL step, over all ranks", "[1, inf)")
     samples: int = option(GRPO, 8, "G, responses sampled per question, whose rewards are compared", "[2, inf)")
     updates: int = option(GRPO, 1, "optimizer steps per RL step; each takes its share of the questions", "[1, inf)")
     temperature: float = option(GRPO, 1.0, "of sampling, and of the log-probabilities in the loss", "(0, inf)")
-    rl_loss: Literal["grpo", "gspo", "nft"] = option(
-        GRPO, "grpo", "GSPO's ratio of whole responses, or NFT; with --updates 1 their gradients are GRPO's")
-    nft_epsilon: float = option(GRPO, 1.0, "NFT's floor of a wrong token's ratio", "(0, inf)")
-    nft_negative: float = option(GRPO, 1.0, "NFT's weight of wrong responses; 0: rejection fine-tuning", "[0, inf)")
     normalize_std: bool = option(GRPO, False, "divide a group's advantages by its standard deviation")
     clip_low: float = option(GRPO, 0.2, "the ratio is clipped below 1 - clip_low", "[0, 1)")
     clip_high: float = option(GRPO, 0.2, "the ratio is clipped above 1 + clip_high", "[0, inf)")
     aggregation: Literal["token", "sequence", "constant"] = option(
-        GRPO, "token", "mean over tokens; mean of each response's mean; sum / max_response (Dr. GRPO)")
+        GRPO, "token", "mean over tokens; mean of each response's mean; sum / (responses * max_response) (Dr. GRPO)")
     kl_coef: float = option(GRPO, 0.0, "weight of the KL to the initial model; 0: no such model is held", "[0, inf)")
     tis_cap: float = option(GRPO, 0.0, "cap of the importance weight pi_trainer / pi_engine; 0: no weight", "[0, inf)")
     mask_truncated: bool = option(GRPO, False, "responses cut at max_response carry no loss")
@@ -139,23 +138,6 @@ class Settings:
     sft_schedule: Literal["constant", "cosine"] = option(
         SFT, "constant", "rate over an SFT stage: constant; 10 % warm-up, then a cosine to a tenth")
     sft_holdout: int = option(SFT, 0, "demonstrations that are never learnt, but whose loss is measured", "[0, inf)")
-    sft_weights: Literal["off", "dft", "trust", "phi"] = option(
-        SFT, "off", "weights by a token's own probability: DFT's (RL after it may gain less), TrSFT's, CHORD-phi's")
-    sft_weight_alpha: float = option(SFT, 0.1, "TrSFT's: a token less probable than this weighs less", "(0, 1]")
-    sed: float = option(SFT, 0.0, "strength of SED-SFT's penalty, in its paper 1; 0: none", "[0, inf)")
-    sed_k: int = option(SFT, 2, "SED: the tokens whose mass tells an uncertain place", "[1, inf)")
-    sed_tau: float = option(SFT, 0.0, "SED: their mass there is below this; 0: found by --sed-ratio", "[0, inf)")
-    sed_ratio: float = option(SFT, 0.7, "SED: share of tokens at or above the found tau, before any SFT", "(0, 1]")
-    pear: Literal["off", "sequence", "token", "block"] = option(
-        SFT, "off", "PEAR's weights on the SFT loss (arXiv 2602.01058)")
-    pear_gamma: float = option(SFT, 0.999, "PEAR's discount per token", "(0, 1]")
-    pear_block: int = option(SFT, 4, "PEAR's block length, tokens", "[1, inf)")
-    pear_ratio_low: float = option(SFT, -0.08, "a token's log-ratio is clipped below", "[-inf, inf]")
-    pear_ratio_high: float = option(SFT, 0.3, "and above; =-inf and =inf: not clipped", "[-inf, inf]")
-    pear_weight_low: float = option(SFT, -10.0, "a weight's logarithm is clipped below", "[-inf, inf]")
-    pear_weight_high: float = option(SFT, 5.0, "and above; =-inf and =inf: not clipped", "[-inf, inf]")
-    behavior_model: str = option(
-        SFT, "", "model that wrote the demonstrations; empty: the policy before training stands in")
 # fmt: on
 
 
@@ -174,16 +156,16 @@ class State:
     drawn: int = 0  # questions drawn from the stream so far
     buffer: list[int] = field(default_factory=list)  # hard questions by index, as they came
     sft_queue: list[list[int]] = field(default_factory=list)  # batches that SFT has still to learn
-    sft_epoch: int = 0  # SFT steps of an epoch of this phase
+    steps_per_sft_epoch: int = 0  # of this SFT phase
     threshold: float = math.inf  # importance above it is frozen; inf: nothing is
-    sed_tau: float = 0.0
+    sed_tau: float = 0.0  # SED-SFT's threshold, given or found
     skipped: int = 0  # optimizer steps not taken, because a number was not finite
     skips_in_a_row: int = 0
     demonstrations: list[int] = field(default_factory=list)  # all that were used
-    sampled_tokens: int = 0
+    sampled_tokens: int = 0  # of RL's responses
     warning: str = ""  # of the last RL step, if it can have taught nothing
     seconds: dict[str, float] = field(default_factory=dict)  # by phase of work
-    evals: list[dict] = field(default_factory=list)
+    evals: list[dict] = field(default_factory=list)  # each evaluation's accuracies
 
 
 def train(run: Run) -> int:
@@ -205,7 +187,7 @@ def train(run: Run) -> int:
             if cfg.schedule == "interleave" and len(state.buffer) >= cfg.buffer_size:
                 if chosen := within_budget(cfg, state):
                     begin_sft(run, chosen)
-                state.buffer = []
+                state.buffer = []  # though the budget be spent: it shows how many are hard
         else:
             if not state.sft_queue:  # --schedule alternate: an SFT phase is one batch
                 begin_sft(run, next_demonstrations(run))
@@ -216,8 +198,8 @@ def train(run: Run) -> int:
         following = next_phase(cfg, state)
         if evaluation_due(cfg, state, phase, following):
             evaluate(run)
-        elif phase == "sft" and len(state.sft_queue) % state.sft_epoch == 0:
-            measure_holdout(run)
+        elif phase == "sft" and len(state.sft_queue) % state.steps_per_sft_epoch == 0:
+            measure_holdout(run)  # an epoch has ended
         log_step(run, phase)
         stop = signal_on_any_rank(run)
         if stop or following is None or checkpoint_due(cfg, state):
@@ -244,9 +226,10 @@ def rl_step(run: Run) -> None:
     cfg, state = run.cfg, run.state
     push_weights(run)
     indices = data.draw(len(run.questions), cfg.seed, state.drawn, cfg.questions)  # Q of them
-    questions = [run.questions[index] for index in indices]
+    questions = [run.questions[index] for index in indices]  # of this step; run.questions: all
     responses = sample(run, questions)  # Q * G, the same list on every rank
-    # Rewards are NaN where nothing was judged. In float32 an accuracy of 1/10 is more than p = 0.1.
+    # NaN: not judged. A question without any judged sample is not hard, for NaN <= p is false.
+    # float64, since in float32 an accuracy of 1/10 is more than p = 0.1.
     rewards = torch.tensor([r.reward for r in responses], dtype=torch.float64)
     rewards = rewards.view(-1, cfg.samples)  # [Q, G]
     right = (rewards > cfg.right_above).double().masked_fill(rewards.isnan(), math.nan)  # [Q, G]
@@ -264,7 +247,7 @@ def rl_step(run: Run) -> None:
         response.advantage = advantage
     if not any(has_gradient(cfg, r) for r in responses):
         probe_engine(run)  # no update will compare the engine with the trainer
-    run.sampler.sleep()
+    run.sampler.sleep()  # the engine leaves the GPU's memory to the update
     with run.timed("rl"):
         if cfg.updates > 1:  # the policy moves while the batch is still in use
             find_old_logprobs(run, responses)
@@ -277,7 +260,7 @@ def rl_step(run: Run) -> None:
 
 
 def rl_update(run: Run, responses: list[Response]) -> None:
-    """One optimizer step of GRPO (equation 3); none if no response has an advantage.
+    """One optimizer step of RL (equations 3, 13, 14); none if no response has an advantage.
 
     The loss is a sum, divided by a count over the whole batch and all ranks: no split changes it.
     """
@@ -288,17 +271,18 @@ def rl_update(run: Run, responses: list[Response]) -> None:
         "sequence": len(counted),
         "constant": len(counted) * cfg.max_response,
     }[cfg.aggregation]
-    rows = [r for r in responses if has_gradient(cfg, r)]
-    if not rows:
+    chosen = [r for r in responses if has_gradient(cfg, r)]
+    if not chosen:
         return
-    pairs = [(r.prompt, r.tokens) for r in rows]
-    old, engines = [r.old_logprobs for r in rows], [r.rollout_logprobs for r in rows]
+    pairs = [(r.prompt, r.tokens) for r in chosen]
+    old, engine = [r.old_logprobs for r in chosen], [r.rollout_logprobs for r in chosen]
     sums, largest_gap = Counter(), 0.0
-    for part in micro_batches(run, pairs, old=old, rollout=engines):
+    for part in micro_batches(run, pairs, old=old, rollout=engine):
         advantages = torch.zeros(len(part.tokens), device=run.device)  # [B]
-        for i, row in enumerate(part.rows):
-            advantages[i] = rows[row].advantage
-        reference = ask(run.reference, part, cfg.temperature)  # [B, T-1]; None without --kl-coef
+        for row, index in enumerate(part.indices):
+            advantages[row] = chosen[index].advantage
+        # [B, T-1]; None without --kl-coef
+        reference = frozen_logprobs(run.reference, part, cfg.temperature)
         logprobs, entropy = run.policy(part.tokens, part.mask, cfg.temperature)  # [B, T-1] each
         # With one update pi_old is the policy itself: the ratio is 1, and nothing is clipped.
         old_logprobs = part.old if cfg.updates > 1 else logprobs.detach()  # [B, T-1]
@@ -318,7 +302,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
                 sequence_ratio=cfg.rl_loss == "gspo",
             )
         (loss * run.world / divisor).backward()  # FSDP averages over ranks; the loss is their sum
-        report_not_finite(run, loss, logprobs, [rows[row].id for row in part.rows])
+        report_not_finite(run, loss, logprobs, [chosen[i].id for i in part.indices])
         gap = (old_logprobs - part.rollout).masked_fill(~part.mask, 0.0).abs()  # [B, T-1]
         largest_gap = max(largest_gap, gap.max().item())
         metrics |= {"loss": loss.detach(), "entropy": entropy, "gap": gap, "tokens": part.mask}
@@ -331,7 +315,7 @@ def rl_update(run: Run, responses: list[Response]) -> None:
 
 
 def begin_sft(run: Run, indices: list[int]) -> None:
-    """Queue these demonstrations, and fix what must not move meanwhile (equations 5 and 6)."""
+    """Find what is frozen (equations 5 and 6), then queue these demonstrations in batches."""
     cfg, state = run.cfg, run.state
     if run.sampler is not None:
         run.sampler.sleep()
@@ -340,7 +324,7 @@ def begin_sft(run: Run, indices: list[int]) -> None:
             freeze.update_importance(run.importance, run.anchor, run.shards, cfg.alpha)
             group = run.mesh.get_group("shard")
             state.threshold = freeze.topk_threshold(run.importance, cfg.k, group)
-        log_movement(run, "rl")
+        log_movement(run, "rl")  # from the anchor, so before it is set
         set_anchor(run)  # what optimizer_step puts frozen entries back to
     generator = data.generator_of(cfg.seed, state.sft_phases)
     for _ in range(cfg.sft_epochs):
@@ -348,7 +332,7 @@ def begin_sft(run: Run, indices: list[int]) -> None:
         shuffled = [indices[i] for i in order]
         for start in range(0, len(shuffled), cfg.sft_batch):
             state.sft_queue.append(shuffled[start : start + cfg.sft_batch])
-    state.sft_epoch = len(state.sft_queue) // cfg.sft_epochs
+    state.steps_per_sft_epoch = len(state.sft_queue) // cfg.sft_epochs
     log_demonstrations(run)
     if cfg.sed > 0 and state.sft_phases == 0:
         state.sed_tau = cfg.sed_tau or find_sed_tau(run, indices)
@@ -357,41 +341,43 @@ def begin_sft(run: Run, indices: list[int]) -> None:
 
 
 def sft_step(run: Run) -> None:
-    """One optimizer step on the next batch of demonstrations (equations 7 to 10)."""
+    """One optimizer step on the next batch of demonstrations (equations 7, 8 and 10 to 12)."""
     cfg, state = run.cfg, run.state
     if run.sampler is not None:
         run.sampler.sleep()
     questions = [run.questions[index] for index in state.sft_queue.pop(0)]
     pairs = [(q.prompt, q.demonstration) for q in questions]
     lengths = [len(q.demonstration) for q in questions]
-    selected = sum(losses.top_entropy_count(n, cfg.rho) for n in lengths)  # over all ranks
-    behavior = [q.behavior_logprobs for q in questions]
+    count = sum(losses.top_entropy_count(n, cfg.rho) for n in lengths)  # over all ranks
+    behavior = [q.behavior_logprobs for q in questions]  # of the data, else None
     top_k = cfg.sed_k if cfg.sed > 0 else 0
     sums = Counter(loss=0.0)
     with run.timed("sft"):
         for part in micro_batches(run, pairs, behavior=behavior):
             if cfg.pear != "off":
-                theirs = behavior_logprobs(run, part, behavior)  # [B, T-1]
-            # [B, T-1] each; the last with --sed only
+                author = behavior_logprobs(run, part, behavior)  # [B, T-1]
+            # [B, T-1] each; the third with --sed only
             logprobs, entropy, *top_mass = run.policy(part.tokens, part.mask, 1.0, top_k)
-            mask = losses.top_entropy_mask(entropy, part.mask, cfg.rho)  # [B, T-1]
+            selected = losses.top_entropy_mask(entropy, part.mask, cfg.rho)  # [B, T-1]
             weights = torch.ones_like(logprobs)  # [B, T-1]
             if cfg.pear != "off":
-                weights = pear_weights(cfg, logprobs, theirs, part.mask)
+                weights = pear_weights(cfg, logprobs, author, part.mask)
                 sums.update(pear_shares(cfg, weights, part.mask, sum(lengths)))  # adds
             if cfg.sft_weights != "off":
                 alpha = cfg.sft_weight_alpha
                 weights = weights * losses.sft_weights(logprobs, cfg.sft_weights, alpha)
-            loss = losses.sft_loss(logprobs, mask, weights)
+            loss = losses.sft_loss(logprobs, selected, weights)
             if cfg.sed > 0:
-                uncertain = logprobs, *top_mass, mask, state.sed_tau
-                loss = loss + losses.sed_penalty(*uncertain, cfg.sed, weights)
-            (loss * run.world / selected).backward()  # as in rl_update
-            report_not_finite(run, loss, logprobs, [questions[row].id for row in part.rows])
-            sums["loss"] += loss.item() / selected
+                [mass] = top_mass
+                tau = state.sed_tau
+                penalty = losses.sed_penalty(logprobs, mass, selected, tau, cfg.sed, weights)
+                loss = loss + penalty
+            (loss * run.world / count).backward()  # as in rl_update
+            report_not_finite(run, loss, logprobs, [questions[i].id for i in part.indices])
+            sums["loss"] += loss.item() / count
             sums["nll"] -= logprobs.sum().item() / sum(lengths)
             sums["entropy"] += entropy.sum().item() / sum(lengths)
-            sums["chosen_entropy"] += entropy[mask].sum().item() / selected
+            sums["chosen_entropy"] += entropy[selected].sum().item() / count
         sums = sum_over_ranks(run, sums)
         run.log |= {f"sft/{name}": value for name, value in sums.items()}
         run.optimizers["sft"].param_groups[0]["lr"] = sft_learning_rate(cfg, state)
@@ -400,7 +386,7 @@ def sft_step(run: Run) -> None:
 
 
 def end_sft(run: Run) -> None:
-    """Thaw and start the next RL phase. Both optimizers keep their moments over the phases."""
+    """Thaw and start the next RL phase. Over MIFO's phases both optimizers keep their moments."""
     log_movement(run, "sft")
     run.state.threshold = math.inf
     set_anchor(run)  # from here the next RL phase's movement is measured
@@ -423,7 +409,7 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     run.log[f"{which}/grad_norm"] = norm.item()
     if math.isfinite(loss) and math.isfinite(norm.item()):
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        if not run.optimizers[which].state:  # its moments are to lie in memory of their own
+        if not run.optimizers[which].state:  # its moments come now: not in gaps of what is cached
             torch.cuda.empty_cache()
         run.optimizers[which].step()
         run.state.skips_in_a_row = 0
@@ -432,11 +418,11 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     run.optimizers[which].zero_grad()
     if freezing:
         strict = run.cfg.freeze == "strict"
-        look = freeze.restore_frozen if strict else freeze.largest_movement  # either measures
-        moved = look(run.shards, frozen_masks(run), run.anchor)
+        measure = freeze.restore_frozen if strict else freeze.largest_movement  # both return it
+        moved = measure(run.shards, frozen_masks(run), run.anchor)
         run.log["sft/frozen_movement"] = max_over_ranks(run, moved)  # before it was put back
         free = (norm.item() / whole_norm) ** 2 if whole_norm else 1.0
-        run.log["sft/frozen_gradient_share"] = 1 - free  # by chance: the share that is frozen
+        run.log["sft/frozen_gradient_share"] = 1 - free  # even gradients: the share that is frozen
 
 
 def frozen_masks(run: Run) -> Iterator[Tensor]:
@@ -460,26 +446,28 @@ def freezes(cfg: Config) -> bool:
 def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **aligned):
     """This rank's share of (prompt, response) pairs, in batches of at most --micro-tokens.
 
-    Each has tokens [B, T], mask [B, T-1], rows (which pairs these are), and one [B, T-1] for each
-    list in aligned (data.collate). All ranks get as many, if need be empty ones with B = 1 and
-    nothing in the mask: FSDP waits for all.
+    Each has tokens [B, T], mask [B, T-1], indices (which pairs these are), and for each list in
+    aligned one [B, T-1] (data.collate). All ranks get equally many, for FSDP waits for all: some
+    may be empty, with B = 1 and nothing in the mask.
     """
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     parts = data.pack(lengths, run.cfg.micro_tokens, run.world)
     rounds = [parts[i : i + run.world] for i in range(0, len(parts), run.world)]
     for i, group in enumerate(rounds):
         # A round's first micro-batch has the most work: the ranks take it in turns.
-        rows = group[run.rank] if i % 2 == 0 else group[-1 - run.rank]
+        indices = group[run.rank] if i % 2 == 0 else group[-1 - run.rank]
         exchange_at_last(run, last=i + 1 == len(rounds))
-        if rows:
-            mine = {name: [values[row] for row in rows] for name, values in aligned.items()}
-            batch = data.collate([pairs[row] for row in rows], run.pad_id, **mine)
+        if indices:
+            mine = {name: [values[j] for j in indices] for name, values in aligned.items()}
+            batch = data.collate([pairs[j] for j in indices], run.pad_id, **mine)
         else:
             batch = data.collate([([0], [0])], run.pad_id, **{name: [None] for name in aligned})
             batch["mask"][:] = False
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
-        yield SimpleNamespace(rows=rows, **batch)
-    run.policy.set_reshard_after_forward(True)  # for passes that no backward pass follows
+        yield SimpleNamespace(indices=indices, **batch)
+    run.policy.set_reshard_after_forward(
+        True
+    )  # else a pass without a backward one leaves all whole
 
 
 class Policy(nn.Module):
@@ -496,8 +484,8 @@ class Policy(nn.Module):
         """Equation 1. tokens [B, T], mask [B, T-1], True where the next token counts.
 
         Returns logprobs, entropy and, with top_k > 0, the mass of the top_k most probable tokens,
-        each [B, T-1], 0 where it does not. Rows are padded on the right,
-        which causal attention never sees, so no attention mask is needed.
+        each [B, T-1], 0 outside the mask. Rows are padded on the right, which causal attention
+        never sees, so no attention mask is needed.
         """
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
@@ -517,9 +505,9 @@ class Policy(nn.Module):
 
 
 # ==================================================================================================
-# Plumbing. First the other settings and what a run holds; below that, nothing is specific to MIFO:
-# sampling and the engine, what the steps call, evaluation, logs, checkpoints, set-up, the command
-# line.
+# Plumbing. First the other settings, Run and Response; then what the steps above call: sampling and
+# the engine, micro-batches, demonstrations; then what any trainer has: evaluation, logs,
+# checkpoints, set-up, the command line.
 # ==================================================================================================
 
 DATA, SCALE, RUN = "model and data", "engine and scale", "the run"  # further groups of --help
@@ -528,9 +516,33 @@ DATA, SCALE, RUN = "model and data", "engine and scale", "the run"  # further gr
 # fmt: off
 @dataclass
 class Config(Settings):
+    rl_loss: Literal["grpo", "gspo", "nft"] = option(
+        GRPO, "grpo", "GSPO's ratio of whole responses, or NFT; with --updates 1 their gradients are GRPO's")
+    nft_epsilon: float = option(GRPO, 1.0, "NFT's floor of a wrong token's ratio", "(0, inf)")
+    nft_negative: float = option(GRPO, 1.0, "NFT's weight of wrong responses; 0: rejection fine-tuning", "[0, inf)")
+    sft_weights: Literal["off", "dft", "trust", "phi"] = option(
+        SFT, "off", "weights by a token's own probability: DFT's (RL after it may gain less), TrSFT's, CHORD-phi's")
+    sft_weight_alpha: float = option(SFT, 0.1, "TrSFT's: a token less probable than this weighs less", "(0, 1]")
+    sed: float = option(SFT, 0.0, "strength of SED-SFT's penalty, in its paper 1; 0: none", "[0, inf)")
+    sed_k: int = option(SFT, 2, "SED: so many of the most probable tokens are summed", "[1, inf)")
+    sed_tau: float = option(
+        SFT, 0.0, "SED: where that sum is below this, the policy is unsure; 0: found by --sed-ratio", "[0, inf)")
+    sed_ratio: float = option(SFT, 0.7, "SED: share of tokens whose sum reaches the found tau before any SFT", "(0, 1]")
+    pear: Literal["off", "sequence", "token", "block"] = option(
+        SFT, "off", "PEAR's weights on the SFT loss (arXiv 2602.01058)")
+    pear_gamma: float = option(SFT, 0.999, "PEAR's discount per token", "(0, 1]")
+    pear_block: int = option(SFT, 4, "PEAR's block length, tokens", "[1, inf)")
+    pear_ratio_low: float = option(
+        SFT, -0.08, "PEAR: a token's log-ratio is clipped below this; =-inf: it is not", "[-inf, inf]")
+    pear_ratio_high: float = option(SFT, 0.3, "PEAR: and above this; =inf: it is not", "[-inf, inf]")
+    pear_weight_low: float = option(SFT, -10.0, "PEAR: a weight's logarithm is clipped below this", "[-inf, inf]")
+    pear_weight_high: float = option(SFT, 5.0, "PEAR: and above this", "[-inf, inf]")
+    behavior_model: str = option(
+        SFT, "", "model that wrote the demonstrations; empty: the policy before training stands in")
+
     model: str = option(DATA, "", "Hub id or folder of the model; empty: the embedded task's base model")
     data: str = option(DATA, "", "Hub dataset id, JSONL or parquet file; empty: the embedded task")
-    split: str = option(DATA, "", "of a Hub dataset [train]")
+    split: str = option(DATA, "", "of a Hub dataset; empty: train")
     data_config: str = option(DATA, "", "of a Hub dataset that has several")
     revision: str = option(DATA, "", "of a Hub dataset: branch, tag or commit")
     question_field: str = option(DATA, "", "column of questions, where the layout is not a known one")
@@ -547,7 +559,7 @@ class Config(Settings):
     right_above: float = option(
         DATA, evaluation.RIGHT_ABOVE, "with a higher reward a response is right, for --p and evaluation", "(-inf, inf)")
     extract: Literal["boxed", "any"] = option(
-        DATA, "boxed", "where a maths answer is looked for: the last \\boxed{}; anywhere")
+        DATA, "boxed", "where answers of kind math and number are looked for: the last \\boxed{}; anywhere")
     require_think: bool = option(DATA, False, "an answer counts only after one closing </think>")
     max_prompt: int = option(DATA, 1024, "tokens; questions with longer prompts are dropped", "[1, inf)")
     max_response: int = option(DATA, 8192, "tokens, of samples and of demonstrations", "[1, inf)")
@@ -768,15 +780,15 @@ def within_budget(cfg: Config, state: State) -> list[int]:
 @torch.no_grad()
 def find_old_logprobs(run: Run, responses: list[Response]) -> None:
     """log pi_old of each token, by the trainer itself."""
-    rows = [r for r in responses if has_gradient(run.cfg, r)]
+    chosen = [r for r in responses if has_gradient(run.cfg, r)]
     mine = {}
-    for part in micro_batches(run, [(r.prompt, r.tokens) for r in rows]):
+    for part in micro_batches(run, [(r.prompt, r.tokens) for r in chosen]):
         logprobs, _ = run.policy(part.tokens, part.mask, run.cfg.temperature)  # [B, T-1]
-        for i, row in enumerate(part.rows):
-            mine[row] = logprobs[i][part.mask[i]].tolist()
+        for row, index in enumerate(part.indices):
+            mine[index] = logprobs[row][part.mask[row]].tolist()
     for found in gather(run, [mine]):
-        for row, values in found.items():
-            rows[row].old_logprobs = values
+        for index, values in found.items():
+            chosen[index].old_logprobs = values
 
 
 def push_weights(run: Run) -> None:
@@ -839,7 +851,9 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def ask(model: Policy | None, part: SimpleNamespace, temperature: float) -> Tensor | None:
+def frozen_logprobs(
+    model: Policy | None, part: SimpleNamespace, temperature: float
+) -> Tensor | None:
     """A frozen model's log-probabilities [B, T-1] of a micro-batch; None without one."""
     return None if model is None else model(part.tokens, part.mask, temperature)[0]
 
@@ -853,9 +867,9 @@ def behavior_logprobs(run: Run, part: SimpleNamespace, given: list) -> Tensor:
         return part.behavior
     if run.behavior is None:
         run.behavior = load_behavior(run)
-    known = [given[row] is not None for row in part.rows] or [False]
+    known = [given[index] is not None for index in part.indices] or [False]
     known = torch.tensor(known, device=run.device)[:, None]  # [B, 1]
-    return torch.where(known, part.behavior, ask(run.behavior, part, 1.0))
+    return torch.where(known, part.behavior, frozen_logprobs(run.behavior, part, 1.0))
 
 
 def load_behavior(run: Run) -> Policy:
@@ -1166,7 +1180,7 @@ def log_demonstrations(run: Run) -> None:
     for part in micro_batches(run, [(q.prompt, q.demonstration) for q in questions]):
         _, entropy = run.policy(part.tokens, part.mask, 1.0)  # [B, T-1]
         chosen = losses.top_entropy_mask(entropy, part.mask, run.cfg.rho)  # [B, T-1]
-        for row, mine, values, picked in zip(part.rows, part.mask, entropy, chosen):
+        for row, mine, values, picked in zip(part.indices, part.mask, entropy, chosen):
             found.append((row, values[mine].tolist(), picked[mine].int().tolist()))
     for row, entropy, chosen in sorted(gather(run, found)):
         tokens = questions[row].demonstration

@@ -414,7 +414,7 @@ MUTANTS = {
             ("(rewards > cfg.right_above)", "(rewards > 0.5)"),
             (".masked_fill(rewards.isnan(), math.nan)", ""),
             ("advantages.flatten().tolist()", "advantages.T.flatten().tolist()"),
-            ("    run.sampler.sleep()\n    with run.timed(\"rl\")", "    with run.timed(\"rl\")"),
+            ("    run.sampler.sleep()  # the engine", "    # the engine"),
             ("        run.sampler.sleep()\n    questions = [run.questions[index] for index in state",
              "        pass\n    questions = [run.questions[index] for index in state"),
             ("responses[start : start + size]", "responses[:size]"),
@@ -442,7 +442,7 @@ MUTANTS = {
             ("if math.isfinite(loss) and math.isfinite(norm.item()):", "if math.isfinite(loss):"),
             ("        run.state.skips_in_a_row = 0", "        pass"),
             ("        skip_step(run, loss)", "        pass"),
-            ("    if not rows:", "    if False:"),
+            ("    if not chosen:", "    if False:"),
         ]),
         ("test_preset", [  # trains them all
             ("    state.rl_steps += 1", "    state.rl_steps += 2"),
@@ -689,11 +689,14 @@ def main() -> int:
         for expression, pairs in MUTANTS[file]:
             expressions.append(expression)
             mutants += [(file, expression, old, new) for old, new in pairs]
+    stale = 0
     for file, _, old, _ in mutants:
         found = (ROOT / file).read_text().count(old)
         if found != 1:
             print(f"{file}: occurs {found} times, not once: {old!r}")
-            return 2
+            stale += 1
+    if stale:
+        return 2
     if args.list:
         for file, expression, old, new in mutants:
             print(f"{file}  [{expression}]  {old.strip()}  ->  {new.strip()}")

@@ -9650,6 +9650,7 @@ def test_the_readmes_rows_can_be_checked():
 
 def test_the_readmes_demonstrations_are_those_of_a_teacher():
     text = (ROOT / "recipes" / "README.md").read_text()
+    text = text.replace("\\\n", "")  # lines that go on
     command = re.search(r"    python eval.py (.*--demonstrations.*)", text)
     args = evaluation.evaluate_parser().parse_args(shlex.split(command[1]))
     assert (args.model, args.k, args.keep) == ("TEACHER", 8, None)

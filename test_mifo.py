@@ -5963,7 +5963,7 @@ def trained(out: Path, **settings) -> Path:
 class Case:
     function: Callable
     worlds: tuple[int, ...]  # numbers of ranks to run it on
-    late: bool  # runs on one rank when all others have run on one and on two
+    late: bool  # runs in processes of its own, when all others have run on one rank and on two
 
 
 CASES = {}  # by name
@@ -6019,7 +6019,7 @@ def findings(request, tmp_path_factory):
     for item in request.session.items:
         taken.update(getattr(item, "fixturenames", ()))
     chosen = [name for name in CASES if name in taken]
-    for world, late in ((1, False), (2, False), (1, True)):
+    for world, late in ((1, False), (2, False), (1, True), (2, True)):
         folder = root / str(world)
         if not late:
             make_folder(folder)
@@ -8237,7 +8237,7 @@ def why_refused(folder: str) -> str:
 
 # In a process that does no more: a model that raises amid FSDP's exchange of weights, as these do,
 # may leave it writing to memory that is no longer its own.
-@case(worlds=(1,), late=True)
+@case(late=True)
 def refused_models(folder):
     process_group()
     found = {}
@@ -8263,7 +8263,7 @@ def refused_models(folder):
 
 
 def test_models_that_the_policy_would_compute_otherwise_are_refused_in_a_line(refused_models):
-    for found in refused_models[1]:
+    for found in [*refused_models[1], *refused_models[2]]:
         expected = {name: said for name, (_, said) in UNKNOWN_HEADS.items()}
         expected |= {
             "looks ahead": "depends on the tokens after it",

@@ -2084,9 +2084,17 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
             cfg.generation_prefix,
             rewarded=bool(cfg.reward),
             checker=checker if rank == 0 else None,
+            question_field=cfg.question_field,
+            answer_field=cfg.answer_field,
             template=cfg.template,
             today=today,
         )
+        longest = max(benches[name], key=lambda question: len(question.prompt))
+        if len(longest.prompt) > cfg.max_prompt:
+            raise ValueError(
+                f"--evaluate {name}: question {longest.id} has a prompt of {len(longest.prompt)} "
+                f"tokens, --max-prompt is {cfg.max_prompt}"
+            )
     return questions, benches
 
 
@@ -2337,9 +2345,9 @@ def check_config(cfg: Config, world: int) -> None:
     evaluation.check_reward_flags(cfg)
     reward_functions(cfg)
     for name in filter(None, cfg.evaluate.split(",")):
-        known = name == "chain" or name in evaluation.BENCHES or name.endswith((".jsonl", ".json"))
-        benches = ", ".join(evaluation.BENCHES)
-        must(known, f"--evaluate: {name!r} is neither a JSONL file nor one of {benches}, chain")
+        known = name == "chain" or name in evaluation.BENCHES or Path(name).suffix in data.FILES
+        benches, files = ", ".join(evaluation.BENCHES), ", ".join(data.FILES)
+        must(known, f"--evaluate: {name!r} is none of {benches}, chain, nor a file of {files}")
         check_file("--evaluate", name)
 
 
@@ -2352,7 +2360,7 @@ def within(value: float, bounds: str) -> bool:
 
 
 def check_file(name: str, path: str) -> None:
-    if path.endswith((".jsonl", ".json", ".parquet")) and not Path(path).is_file():
+    if Path(path).suffix in data.FILES and not Path(path).is_file():
         raise ValueError(f"{name}: there is no file {path}")
 
 

@@ -4347,6 +4347,32 @@ def test_benchmark_files_are_read_as_training_rows_are(tmp_path, monkeypatch):
     assert {q.demonstration for q in questions} == {None}
 
 
+def test_named_columns_are_read_from_the_files_that_have_them(tmp_path, monkeypatch, capsys):
+    seen = rendered_texts(monkeypatch)
+    rows = [{"frage": "1+1?", "loesung": 2, "question": "not this", "answer": "nor this"}]
+    named = write_rows(tmp_path / "named.jsonl", rows)
+    own = write_rows(tmp_path / "own.parquet", [{"question": "2+2?", "answer": "4"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"frag": "1+1?", "loesung": 2}])
+    no_answer = write_rows(tmp_path / "half.jsonl", [{"frage": "1+1?", "answer": 2}])
+    fields = dict(question_field="frage", answer_field="loesung")
+    with evaluation.Checker(limit=20.0) as checker:
+        load = lambda path: evaluation.load_questions(
+            path, None, None, "", checker=checker, **fields
+        )
+        assert [load(path)[0].answer for path in (named, own)] == ["2", "4"]
+        said = f"warning: {own}: no column frage: its own layout is read\n"
+        assert capsys.readouterr().err == said
+        with pytest.raises(ValueError, match="no known layout; found frag, loesung"):
+            load(other)
+        with pytest.raises(ValueError, match="no column loesung in the first"):
+            load(no_answer)
+    assert [text for text, _ in seen] == ["1+1?", "2+2?"]
+    (question,) = evaluation.load_questions(
+        no_answer, None, None, "", rewarded=True, question_field="frage", template="plain"
+    )
+    assert question.row == {"frage": "1+1?", "answer": 2}
+
+
 # fmt: off
 @pytest.mark.parametrize("text, message", [
     ('{"answer": "1"}', "line 2: no question; its columns are .'answer'"),
@@ -4617,6 +4643,7 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     right = "right would be " + str(tmp_path / "run" / "checkpoints" / "step-000012" / "model")
     assert right in refuse(tmp_path / "run", "--bench", "chain")
     assert "not a model's folder or Hub id" in refuse(tmp_path, "--bench", "chain")
+    assert "--question-field" in refuse(*chain, "--question-field", "q", "--answer-field", "a")
     assert "--max-tokens 1000" in refuse(*chain, "--max-tokens", 1000)
     assert "--max-tokens must be" in refuse(*chain, "--max-tokens", 0)
     assert "--k must be" in refuse(*chain, "--k", 0)
@@ -4634,6 +4661,47 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     assert "model there is none" in refuse(*there)
     (tmp_path / "settings.json").write_text(json.dumps({"model": "another"}))
     assert "model there is another" in refuse(*there)
+
+
+OWN_MODEL = """
+import transformers
+
+class OwnConfig(transformers.Qwen2Config):
+    model_type = "own"
+
+class OwnModel(transformers.Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_an_evaluation_takes_own_code_template_and_columns(
+    chat_tokenizer, tmp_path, monkeypatch, capsys
+):
+    model = Path(tiny_model(tmp_path / "model", 0, chat_tokenizer))
+    (model / "own.py").write_text(OWN_MODEL)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "hf"))
+    bench = write_rows(tmp_path / "rows.jsonl", [{"frage": "a?", "loesung": "a", "kind": "chain"}])
+    command = [model, "--bench", bench, "--sampler", "torch", "--max-tokens", 4]
+    command += ["--question-field", "frage", "--answer-field", "loesung", "--template", "plain"]
+    command += ["--out", tmp_path / "out"]
+    capsys.readouterr()  # a bar of what was saved
+    assert "which --trust-remote-code runs" in refused(monkeypatch, capsys, *command)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, command), "--trust-remote-code"])
+    seen, evaluate = [], evaluation.evaluate
+    monkeypatch.setattr(
+        evaluation,
+        "evaluate",
+        lambda *given, **more: seen.append(given) or evaluate(*given, **more),
+    )
+    assert evaluation.main() == 0
+    [(sampler, [question], *_)] = seen
+    assert type(sampler.model).__name__ == "OwnModel"
+    assert chat_tokenizer.decode(question.prompt) == "Question: a?\nAnswer:\n"
+    (line,) = response_lines(tmp_path / "out")
+    assert json.loads(line)["answer"] == "a"
 
 
 def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, monkeypatch):
@@ -4873,6 +4941,7 @@ LAYOUTS = {
     "both": OPENR1_ROWS[0] | {"problem": "Another?"},
     "worked": {"question": "2 + 2?", "answer": "I add them.\n#### 4", "behavior_logprobs": [0.5]},
     "options": {"question": "Which?", "options": ["4", "5"], "answer": "5", "target": "kept"},
+    "named": {"prompt": "2 + 2?", "gold": "4"},
 }
 
 
@@ -4880,14 +4949,18 @@ LAYOUTS = {
 @pytest.mark.parametrize("right", [True, False])
 def test_demonstrations_are_read_from_each_layout(name, right, chat_tokenizer, tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [LAYOUTS[name]])
-    [asked] = evaluation.load_questions(source, chat_tokenizer, None, "", keep_rows=True)
+    named = dict(question_field="prompt", answer_field="gold") if name == "named" else {}
+    [asked] = evaluation.load_questions(source, chat_tokenizer, None, "", keep_rows=True, **named)
     found = {"solution": [None, "longer, mine", "mine"] if right else [None] * 3}
     found |= {"tokens": [1, 5, 3], "behavior_logprobs": [None] * 3}
     args = types.SimpleNamespace(demonstrations=tmp_path / "a.jsonl", keep=None, temperature=1.0)
+    args.question_field = named.get("question_field", "frage")  # which the other rows lack
     made = types.SimpleNamespace(args=args, benches={"x": [asked]}, rewards=None)
     made.finished = lambda: {asked.id: found}
     evaluation.write_demonstrations(made)
-    [q] = read_questions(tmp_path / "a.jsonl", chat_tokenizer)
+    if named:
+        named["solution_field"] = "solution"
+    [q] = read_questions(tmp_path / "a.jsonl", chat_tokenizer, **named)
     assert (q.prompt, q.answer, q.kind) == (asked.prompt, asked.answer, asked.kind)
     if right:
         assert chat_tokenizer.decode(q.demonstration, skip_special_tokens=True) == "mine"
@@ -8951,6 +9024,7 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--model x", "--data"), ("--data x/y", "--model"), ("--out /dev/null", "--out"),
     ("--model x --data /no/such.jsonl", "/no/such.jsonl"),
     ("--evaluate /no/such.jsonl", "/no/such.jsonl"), ("--evaluate nonsense", "nonsense"),
+    ("--evaluate /no/such.parquet", "there is no file /no/such.parquet"),
     # what goes with --data only
     ("--split train", "--split"), ("--data-config x", "--data-config"),
     ("--revision x", "--revision"), ("--question-field x", "--question-field"),

@@ -1253,12 +1253,16 @@ def log_responses(
             run.log[f"rewards/{name}"] = mean_judged([r.rewards[name] for r in responses])
         run.log["answers/correct"] = verdicts["correct"] / n
         run.log["answers/unjudged"] = verdicts["unjudged"] / n
-        nothing = "warning: --reward returned None for every response: RL learns nothing"
-        state.warning = nothing if verdicts["unjudged"] == n else ""
     else:
         run.log |= {f"answers/{verdict}": verdicts[verdict] / n for verdict in evaluation.VERDICTS}
-        kinds = sorted({q.kind for q in questions})
-        state.warning = no_answers(cfg, kinds, run.log["truncated"], run.log["answers/unparsed"])
+    kinds = sorted({q.kind for q in questions})
+    warning = no_answers(cfg, kinds, run.log["truncated"], verdicts["unparsed"] / n)
+    if verdicts["unjudged"] == n:
+        warning += "--reward returned None for every response: RL learns nothing. "
+    elif state.rl_steps == 1 or state.warning:  # later it may be so because all is learnt
+        if seen := equal_rewards(cfg, [r.reward for r in responses], accuracies):
+            warning += f"In RL step {state.rl_steps} {seen}."
+    state.warning = f"warning: {warning.rstrip()}" if warning else ""
     if state.rl_steps == 1 and state.warning:
         say(state.warning)
     if run.rank != 0 or cfg.samples_logged == 0:
@@ -1293,15 +1297,16 @@ def none_for_nan(reward: float) -> float | None:
 
 
 def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float) -> str:
-    """What to do, in a line, if nearly no response of an RL step ended or held an answer."""
+    """What to do, in sentences, if nearly no response of an RL step ended or held an answer."""
     text = ""
     if truncated >= 0.9:
-        text += f"{truncated:.0%} of the responses were cut at --max-response {cfg.max_response}. "
+        text += f"{truncated:.0%} of the responses were cut at --max-response {cfg.max_response}: "
+        text += "raise it, or see in samples.jsonl why they do not end. "
     if unparsed >= 0.9:
         text += f"No answer was found in {unparsed:.0%} of the responses (see samples.jsonl). "
         for kind in kinds:
             if cfg.extract == "boxed" or kind not in ("math", "number"):
-                text += f"Answers of kind {kind} are {evaluation.KINDS[kind].where}. "
+                text += f"What counts as an answer of kind {kind}: {evaluation.KINDS[kind].where}. "
         if cfg.require_think:
             text += "--require-think wants one closing </think> before them. "
         if "math" in kinds and cfg.extract == "boxed":
@@ -1309,11 +1314,33 @@ def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float)
                 "Ask for the box by --system 'Put your final answer in \\boxed{}.', take answers from "
                 "anywhere by --extract any, or name another kind in a column `kind`. "
             )
-    if text:
-        text = (
-            f"warning: {text}Without rewards RL learns nothing, and every question counts as hard."
-        )
     return text
+
+
+def equal_rewards(cfg: Config, rewards: list[float], accuracies: list[float]) -> str:
+    """What was seen, if the rewards of an RL step tell no response to a question from another, or
+    if --right-above lies beside all of them; else "". NaN: not judged."""
+    rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, cfg.samples)  # [Q, G]
+    lowest = rewards.masked_fill(rewards.isnan(), math.inf).amin(1)  # [Q]
+    highest = rewards.masked_fill(rewards.isnan(), -math.inf).amax(1)  # [Q]
+    judged = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+    if cfg.rl_loss != "nft":
+        equal, what = bool((lowest >= highest).all()), "all rewards of each question were equal"
+    else:  # knows right and wrong only
+        equal, what = set(judged) <= {0, 1}, "no question had both right and wrong responses"
+    interleaves = cfg.schedule == "interleave"
+    beside = bool(cfg.reward) and interleaves and set(judged) in ({0}, {1})
+    said = []
+    if equal:
+        said.append(f"{what} (mean {rewards.nanmean().item():.2f}): RL learns nothing from them")
+    if cfg.reward and (equal or beside):
+        low, high = lowest.min().item(), highest.max().item()
+        above = f"right means above --right-above {cfg.right_above:g}"
+        said.append(f"rewards went from {low:g} to {high:g}, and {above}")
+    if interleaves and (equal or beside):
+        hard = sum(accuracy <= cfg.p for accuracy in judged)
+        said.append(f"{hard} of {len(accuracies)} questions count as hard")
+    return "; ".join(said)
 
 
 def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[int]]) -> None:
@@ -1474,8 +1501,12 @@ def summary(run: Run) -> str:
         f"demonstrations used {used:,} ({different:,} different), "
         f"tokens sampled {state.sampled_tokens:,}",
         "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in longest_first),
-        *([state.warning] if state.warning else []),
     ]
+    if run.cfg.schedule == "interleave" and state.sft_phases == 0:
+        found, size = len(state.buffer), run.cfg.buffer_size
+        lines.append(f"no SFT phase: {found} hard questions were found, --buffer-size is {size}")
+    if state.warning:
+        lines.append(state.warning)
     return "\n".join(lines)
 
 
@@ -2059,6 +2090,9 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
         say(f"{cfg.data}: {questions.report()}")
         if cfg.system == "data":
             system = data.system_prompt(questions)
+    if cfg.schedule != "sft" and len(questions) < cfg.questions:
+        text = f"{len(questions)} questions for --questions {cfg.questions}"
+        say(f"{text}: some stand several times in a step")
     most = len(data.demonstrated(questions)) - cfg.sft_holdout
     if cfg.sft_holdout and most < 1:
         raise ValueError(

@@ -8616,21 +8616,105 @@ def evaluated_run(folder: Path) -> mifo.Run:
 
 
 @case(worlds=(1,))
-def unparsed_run(folder):
-    """What a run prints whose responses never hold an answer, and its summary."""
-    run = open_run(folder / "unparsed", schedule="rl", steps=3)
-    run.checker.check = lambda texts, golds, kinds: ["unparsed"] * len(texts)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        mifo.train(run)
-    return printed.getvalue(), mifo.summary(run)
+def runs_without_signal(folder):
+    """{name: (what a run prints, its summary)}; of a run's steps some have equal verdicts."""
+    found = {}
+    for name, verdicts, settings in (
+        ("unparsed", ["unparsed"] * 3, dict(schedule="rl")),
+        ("wrong", ["wrong"] * 2, dict(buffer_size=10)),
+        ("once", ["wrong", "", "correct"], dict(schedule="rl")),
+        ("late", ["", "correct"], dict(schedule="rl")),
+    ):
+        run = open_run(folder / f"no-signal-{name}", steps=len(verdicts), **settings)
+
+        def check(texts, golds, kinds, run=run, verdicts=verdicts):
+            verdict = verdicts[run.state.rl_steps]
+            return [verdict] * len(texts) if verdict else ["wrong", "correct"] * (len(texts) // 2)
+
+        run.checker.check = check
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            mifo.train(run)
+        found[name] = printed.getvalue(), mifo.summary(run)
+    return found
 
 
-def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(unparsed_run):
-    [(printed, summary)] = unparsed_run[1]
-    for text in (printed, summary):
+def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(runs_without_signal):
+    for text in runs_without_signal[1][0]["unparsed"]:
         assert text.count("warning: ") == 1
         assert "No answer was found in 100% of the responses" in text
-        assert "Answers of kind chain are the last `[...]`" in text
+        assert "What counts as an answer of kind chain: the last `[...]`" in text
+        assert "RL learns nothing" in text and "hard" not in text
+
+
+def test_a_run_whose_rewards_are_equal_says_so_after_its_first_step_and_at_the_end(
+    runs_without_signal,
+):
+    [found] = runs_without_signal[1]
+    for step, text in enumerate(found["wrong"], 1):
+        said = f"warning: In RL step {step} all rewards of each question were equal (mean 0.00): "
+        said += "RL learns nothing from them; 4 of 4 questions count as hard."
+        assert said in text.splitlines()
+        assert text.count("warning: ") == 1
+    assert "\nno SFT phase: 8 hard questions were found, --buffer-size is 10\n" in found["wrong"][1]
+    printed, summary = found["once"]
+    assert printed.count("warning: In RL step 1 ") == 1 and "no SFT phase" not in summary
+    assert "warning" not in summary + "".join(found["late"])  # as at the end of what is learnt
+
+
+NO_SIGNAL = [  # settings, rewards of each question's two samples, how many are right; what is said
+    ({}, [0, 0, 0, 0], [0, 0], ["equal (mean 0.00): RL learns nothing", "2 of 2 questions"]),
+    ({}, [1, 1, 0, 0], [1, 0], ["equal (mean 0.50): RL learns nothing", "1 of 2 questions"]),
+    ({}, [1, 0, 0, 0], [0.5, 0], []),
+    ({"schedule": "rl"}, [0, 0, 0, 0], [0, 0], ["all rewards of each question were equal"]),
+    ({"reward": "x"}, [0.3, math.nan, math.nan, math.nan], [0, math.nan],
+     ["(mean 0.30)", "went from 0.3 to 0.3, and right means above --right-above 0.5", "1 of 2 "]),
+    ({"reward": "x"}, [0.1, 0.2, 0.3, 0.4], [0, 0], ["rewards went from 0.1 to 0.4", "2 of 2 "]),
+    ({"reward": "x", "right_above": -1}, [0, 1, 0, 1], [1, 1], ["from 0 to 1", "0 of 2 questions"]),
+    ({"reward": "x"}, [0.1, 0.9, 0.3, 0.4], [0.5, 0], []),
+    ({"reward": "x"}, [0.1, 0.2, 0.8, 0.9], [0, 1], []),
+    ({"reward": "x", "schedule": "rl"}, [0.1, 0.2, 0.3, 0.4], [0, 0], []),
+    ({"reward": "x", "schedule": "rl", "rl_loss": "nft"}, [0.1, 0.2, 0.8, 0.9], [0, 1],
+     ["no question had both right and wrong responses (mean 0.50)", "from 0.1 to 0.9"]),
+    ({"reward": "x"}, [-1, math.nan, math.nan, math.nan], [0, math.nan], ["went from -1 to -1,"]),
+    ({"rl_loss": "nft"}, [1, 0, 0, 0], [0.5, 0], []),
+    ({"rl_loss": "nft"}, [0, 0, 0, 0], [0, 0], ["no question had both right and wrong"]),
+    ({"p": 0}, [0, 0, 1, 1], [0, 1], ["1 of 2 questions count as hard"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "rewards", "accuracies", "said"), NO_SIGNAL)
+def test_equal_rewards_and_those_beside_what_is_right_are_told(settings, rewards, accuracies, said):
+    text = mifo.equal_rewards(mifo.Config(samples=2, **settings), rewards, accuracies)
+    assert all(part in text for part in said) and bool(said) == bool(text)
+    assert ("hard" in text) == (bool(said) and "schedule" not in settings)
+    assert ("RL learns nothing" in text) == ("(mean " in text)
+    assert ("--right-above" in text) == (bool(said) and "reward" in settings)
+
+
+def test_rewards_of_ones_own_are_warned_of_likewise(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    nan, cut = math.nan, "warning: 100% of the responses were cut at --max-response 8192: "
+    for rewards, verdict, truncated, begins, says in (
+        ([0.1, 0.9], "wrong", False, "", ""),
+        ([nan, nan], "unjudged", False, "warning: --reward returned None for every response", ""),
+        ([0.1, 0.9], "wrong", True, cut, ""),
+        ([nan, nan], "unjudged", True, cut, "--reward returned None for every response"),
+        ([0.2, 0.2], "wrong", True, cut, "In RL step 1 all rewards of each question were equal"),
+    ):
+        cfg = mifo.Config(samples=2, samples_logged=0, reward="x", schedule="rl")
+        own = types.SimpleNamespace(functions=["x"])
+        state = mifo.State(rl_steps=1)
+        run = types.SimpleNamespace(cfg=cfg, state=state, log={}, rewards=own, rank=0)
+        responses = []
+        for reward in rewards:
+            response = mifo.Response("a", [1], [2], [0.0], truncated, "", verdict, reward)
+            response.rewards = {"x": reward}
+            responses.append(response)
+        question = data.Question("a", [1], "", None)
+        mifo.log_responses(run, [question], responses, [0.0])
+        assert state.warning.startswith(begins) and says in state.warning
+        assert bool(state.warning) == bool(begins)
+        assert capsys.readouterr().out == state.warning + "\n" * bool(begins)
 
 
 NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and what is not
@@ -8651,7 +8735,7 @@ NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and wh
 @pytest.mark.parametrize(("kinds", "cut", "unparsed", "settings", "said", "unsaid"), NO_ANSWERS)
 def test_the_warning_names_what_is_wrong(kinds, cut, unparsed, settings, said, unsaid):
     text = mifo.no_answers(mifo.Config(**settings), kinds, cut, unparsed)
-    assert text.startswith("warning: ") and "\n" not in text
+    assert text.endswith(". ") and "\n" not in text and "hard" not in text
     assert all(part in text for part in said) and not any(part in text for part in unsaid)
     assert mifo.no_answers(mifo.Config(**settings), kinds, 0.89, 0.89) == ""
 

@@ -2288,12 +2288,14 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["each kind of answer, and where it stands in a response:", *kinds])
 
 
-def fail(program: str, error: Exception, refusal: type, code: int, place: str = "") -> int:
+def fail(
+    program: str, error: Exception, refusal: type, code: int, place: str = "", memory: str = ""
+) -> int:
     """Says in a line what is wrong, and returns the exit code: `code` for a refusal, else 1.
 
     A refusal is an error of that type raised by these files: all ranks have it, and rank 0 says it.
     Any other may be a rank's own: each says it with its number and, if it is neither the system's
-    nor a reward function's, with a traceback.
+    nor a reward function's, with a traceback. memory: what helps where a GPU's is spent.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
@@ -2306,6 +2308,8 @@ def fail(program: str, error: Exception, refusal: type, code: int, place: str = 
     if not refused:
         code = 1
         message = f"{program}: rank {rank}{place}: {type(error).__name__}: {error}"
+        if memory and "out of memory" in str(error):  # torch's own type, CUDA's, and vLLM's
+            message += f"; {memory}"
         if not isinstance(error, (OSError, RewardError)):
             traceback.print_exception(error)
     if not refused or rank == "0":

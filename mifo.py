@@ -2192,8 +2192,8 @@ def dry_run(cfg: Config) -> str:
             value = "None, not judged" if math.isnan(value) else f"{value:g}"
             judged.append(f"reward     {name}: {value}, of {of}")
     else:
-        place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
-        judged = [f"answers    of kind {question.kind}: looked for in {place}"]
+        place = "anywhere" if anywhere else evaluation.KINDS[question.kind].where
+        judged = [f"answers    of kind {question.kind}, in a response: {place}"]
     return "\n".join(
         [
             f"model      {model_dir}: {described(config)}; its weights were not read",
@@ -2210,7 +2210,7 @@ def dry_run(cfg: Config) -> str:
             f"{len(response):,}; they meet at <<<|>>>",
             f"{data.decode(tokenizer, prompt)}<<<|>>>{data.decode(tokenizer, response)}",
             "",
-            "dry run: all is in place; nothing was trained",
+            "dry run: settings, tokenizer and data are in place; the weights were not tried",
         ]
     )
 
@@ -2307,13 +2307,16 @@ def check_config(cfg: Config, world: int) -> None:
 
     def divides(name: str, by: int, what: str) -> None:
         value = getattr(cfg, name)
-        must(value % by == 0, f"{flag(name)} {value} does not divide by {what}")
+        must(value % by == 0, f"{flag(name)} {value} is not a multiple of {what}")
 
     out, staged = Path(cfg.out), cfg.schedule in STAGED
     must(not out.exists() or out.is_dir(), f"--out {cfg.out} is not a folder")
-    divides("questions", world, f"the {world} ranks")
+    divides("questions", world, f"{world}, the number of ranks")
     divides("questions", cfg.updates, f"--updates {cfg.updates}")
-    must(world % cfg.replicas == 0, f"--replicas {cfg.replicas} does not divide the {world} ranks")
+    must(
+        world % cfg.replicas == 0,
+        f"{world}, the number of ranks, is not a multiple of --replicas {cfg.replicas}",
+    )
     must(
         bool(cfg.model) == bool(cfg.data),
         "--model and --data go together: give both, or neither for the embedded task",
@@ -2460,6 +2463,9 @@ def settings(cfg: Config) -> str:
     return textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False)
 
 
+MEMORY = "lower --micro-tokens or --gpu-memory-utilization, or give --activation-checkpointing"
+
+
 def main() -> int:
     """The exit code: 0, 1 for a run that could not go on, 2 for wrong input, 128 + a signal."""
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
@@ -2474,7 +2480,7 @@ def main() -> int:
     try:
         cfg = parse_config(sys.argv[1:])
         say(settings(cfg))
-        found = open_folder(cfg) if cfg.resume or not cfg.dry_run else False
+        found = open_folder(cfg)
         if cfg.dry_run:
             if os.environ["RANK"] == "0":
                 say("", dry_run(cfg))
@@ -2487,7 +2493,7 @@ def main() -> int:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
     except Exception as error:  # out of memory, too: a rank that lingers keeps the others waiting
-        return evaluation.fail("mifo.py: error", error, ValueError, 2)
+        return evaluation.fail("mifo.py: error", error, ValueError, 2, memory=MEMORY)
     try:
         stop = run_to_end(run, found)
         last = checkpoints(cfg.out)[-1]
@@ -2501,7 +2507,7 @@ def main() -> int:
         return 0
     except Exception as error:
         step = f", step {run.state.step}"
-        return evaluation.fail("mifo.py: error", error, Stopped, 1, step)
+        return evaluation.fail("mifo.py: error", error, Stopped, 1, step, memory=MEMORY)
 
 
 def run_to_end(run: Run, resumed: bool) -> int:

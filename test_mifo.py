@@ -5668,8 +5668,9 @@ def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
         "<|im_start|>assistant\n<think>\n"
         "<<<|>>>Two twos.\n</think>\n\\boxed{4}<|endoftext|>\n"
     ) in text
-    assert r"of kind math: looked for in the last `\boxed{}`" in text
-    assert text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
+    assert r"of kind math, in a response: the last `\boxed{}`, equal as mathematics" in text
+    last = "dry run: settings, tokenizer and data are in place; the weights were not tried"
+    assert text.splitlines()[-1] == last
     assert not (dry_folder / "run").exists() and not torch.distributed.is_initialized()
 
 
@@ -5697,6 +5698,39 @@ def test_dry_run_refuses_what_a_run_would_refuse(dry_folder, monkeypatch):
     assert "the first question: gold answer '2'" in mifo.dry_run(
         recipe_config(monkeypatch, *dry_flags(dry_folder, "--schedule", "rl"))
     )
+
+
+def test_dry_run_refuses_a_folder_that_holds_a_run(dry_folder, monkeypatch, capsys):
+    (dry_folder / "run").mkdir()
+    (dry_folder / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(sys, "argv", ["mifo.py", *dry_flags(dry_folder)])
+    monkeypatch.setattr(mifo.signal, "signal", lambda number, handler: None)  # this process's own
+    assert mifo.main() == 2
+    assert f"--out {dry_folder / 'run'} holds a run already" in capsys.readouterr().err
+
+
+def test_dry_run_reads_what_is_evaluated_as_the_run_would(dry_folder, monkeypatch, capsys):
+    """By the columns named for the training rows, and with prompts of at most --max-prompt."""
+    row = {"frage": "2+2?", "loesung": "4", "weg": "\\boxed{4}"}
+    write_rows(dry_folder / "train.jsonl", [row] * 3)
+    asked = [{"frage": "4+4?", "loesung": "8"}, {"frage": "What is 4+4?", "loesung": "8"}]
+    write_rows(dry_folder / "test.parquet", asked)
+    flags = dry_flags(dry_folder, f"--evaluate={dry_folder / 'test.parquet'}", "--questions=8")
+    flags += ["--question-field=frage", "--answer-field=loesung", "--solution-field=weg"]
+    prompts = [f"<|im_start|>system\nBox it.<|im_end|>\n<|im_start|>user\n{row['frage']}<|im_end|>\n"
+               "<|im_start|>assistant\n<think>\n" for row in asked]  # fmt: skip
+    lengths = [len(re.sub(r"<\|\w+\|>", "!", prompt)) for prompt in prompts]
+    few = "3 questions for --questions 8: some stand several times in a step\n"
+    text = mifo.dry_run(recipe_config(monkeypatch, *flags, f"--max-prompt={lengths[1]}"))
+    assert "test.parquet: 2 questions" in text and few in capsys.readouterr().out
+    said = rf"--evaluate {dry_folder}/test.parquet: question test.parquet/1 has a prompt of "
+    with pytest.raises(ValueError, match=f"{said}{lengths[1]} tokens, --max-prompt is"):
+        mifo.dry_run(recipe_config(monkeypatch, *flags, f"--max-prompt={lengths[1] - 1}"))
+    capsys.readouterr()
+    mifo.dry_run(recipe_config(monkeypatch, *flags, "--schedule=sft"))
+    write_rows(dry_folder / "train.jsonl", [row] * 8)
+    mifo.dry_run(recipe_config(monkeypatch, *flags))
+    assert "several times" not in capsys.readouterr().out
 
 
 def test_dry_run_shows_the_reward_of_the_first_demonstration(dry_folder, monkeypatch):
@@ -5787,9 +5821,7 @@ def test_dry_run_as_a_command(dry_folder):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("settings") and done.stdout.rstrip().endswith(
-        "nothing was trained"
-    )
+    assert done.stdout.startswith("settings") and done.stdout.endswith("were not tried\n")
     assert not (dry_folder / "run").exists()
 
 
@@ -8917,6 +8949,7 @@ def test_a_broken_run_ends_whole_and_soon(endless_run, how, monkeypatch):
 
 # What ends a run in set-up and in training: (what, exit code, who says so, its line, a traceback?)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+OUT_TOO = RuntimeError("CUDA error: out of memory")
 NO_SPACE = OSError(28, "No space left on device")
 ENDS = [
     ("set_up", lambda: mifo.read_model(mifo.Config(), "--model", "/none"), 2, "first",
@@ -8927,6 +8960,7 @@ ENDS = [
     ("run_to_end", mifo.Stopped("the engine"), 1, "first", "the engine", False),
     ("run_to_end", OUT_OF_MEMORY, 1, "each", "rank {}, step 3: OutOfMemoryError: CUDA out", True),
     ("run_to_end", NO_SPACE, 1, "each", "rank {}, step 3: OSError: [Errno 28] No space", False),
+    ("run_to_end", OUT_TOO, 1, "each", "rank {}, step 3: RuntimeError: CUDA error: out of", True),
     ("run_to_end", ValueError("no such k"), 1, "each", "rank {}, step 3: ValueError: no such", True),
 ]  # fmt: skip
 
@@ -8957,6 +8991,7 @@ def test_whatever_ends_a_rank_is_said_and_main_returns(
     else:
         assert said.splitlines()[-1].startswith("mifo.py: error: " + line.format(rank))
         assert ("Traceback" in said) == traced
+        assert said.endswith(f"; {mifo.MEMORY}\n") == (what in (OUT_OF_MEMORY, OUT_TOO))
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
@@ -9078,8 +9113,10 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--k 1.01", "--k"), ("--alpha 1.1", "--alpha"), ("--p 2", "--p"), ("--beta2 1", "--beta2"),
     ("--temperature 0", "--temperature"), ("--pear-gamma 0", "--pear-gamma"),
     # what does not go together
-    ("--steps 0", "--steps"), ("--questions 5", "--questions 5"), ("--updates 3", "--updates 3"),
-    ("--replicas 3", "--replicas 3"), ("--behavior-model x", "--behavior-model"),
+    ("--steps 0", "--steps"), ("--behavior-model x", "--behavior-model"),
+    ("--questions 5", "--questions 5 is not a multiple of 2, the number of ranks"),
+    ("--questions 4 --updates 3", "--questions 4 is not a multiple of --updates 3"),
+    ("--replicas 3", "2, the number of ranks, is not a multiple of --replicas 3"),
     ("--pear-ratio-low 0.4", "--pear-ratio-low"), ("--pear-weight-high -11", "--pear-weight-"),
     ("--schedule rl --pear token", "--pear"),
     ("--sft-schedule cosine", "--sft-schedule"),

@@ -594,13 +594,13 @@ def row_reader(
     """
     columns = dict.fromkeys(itertools.chain(*rows.head))
     found = " ".join(", ".join(columns).split())[:300]
-    flags = "--question-field, --answer-field and, for demonstrations, --solution-field"
+    flags = "--question-field, --answer-field and, in training, --solution-field"
     questions: tuple[str, ...] = ("problem", "question")
     if question_field or answer_field or solution_field:
         if not (question_field and (answer_field or rewarded)):
             raise ValueError(
                 "--question-field and --answer-field are needed together; "
-                "--solution-field is optional"
+                "--solution-field, in training, is optional"
             )
         named = (question_field, answer_field, solution_field)
         missing = [name for name in named if name and name not in columns]

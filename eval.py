@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout", "error")
@@ -1674,6 +1674,8 @@ def load_questions(
     rewarded: bool = False,
     checker: Checker | None = None,
     keep_rows: bool = False,
+    question_field: str = "",
+    answer_field: str = "",
     **style,
 ) -> list:
     """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
@@ -1683,7 +1685,8 @@ def load_questions(
     Rows are read as data.row_reader reads training rows, less their demonstrations; a row that
     cannot be used is an error. rewarded: for reward functions, as in data.load_questions. With a
     checker it is said which gold answers nothing can equal. keep_rows: a question comes with its
-    row even so.
+    row even so. question_field, answer_field: a file's columns, as for data.row_reader; a file
+    without the first is read by its own layout, for it may be another than the training rows'.
     """
     import data
 
@@ -1699,7 +1702,11 @@ def load_questions(
         read = data.row_reader(rows, bench.question, bench.answer, rewarded=rewarded)
     elif Path(name).suffix in data.FILES:
         rows = data.load_rows(name)
-        read = data.row_reader(rows, rewarded=rewarded)
+        if question_field and question_field not in chain(*rows.head):
+            if checker:
+                say_warning(f"{name}: no column {question_field}: its own layout is read")
+            question_field = answer_field = ""
+        read = data.row_reader(rows, question_field, answer_field, rewarded=rewarded)
     else:
         known = f"{', '.join(BENCHES)}, chain, and {', '.join(data.FILES)} files"
         raise ValueError(f"--bench {name}: unknown; known are {known}")
@@ -1740,8 +1747,11 @@ def say_unmatched(
         if verdict != "correct":
             unmatched.append((name, gold))
     if unmatched:
-        said = data.name_unmatched(unmatched, len(golds))
-        print(f"warning: {source}: {said}", file=sys.stderr, flush=True)
+        say_warning(f"{source}: {data.name_unmatched(unmatched, len(golds))}")
+
+
+def say_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1868,9 +1878,13 @@ def check_evaluation(args) -> Evaluation:
         value = getattr(args, flag)
         if value is not None and not value >= least:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least {least}, not {value}")
+    if (args.question_field or args.answer_field) and not any(Path(n).suffix for n in names):
+        raise ValueError(
+            f"--question-field and --answer-field are for files, and --bench {args.bench} names none"
+        )
     check_reward_flags(args)
     rewards = load_rewards(args.reward, args.reward_weights, args.right_above)
-    config, tokenizer = read_model(args.model)
+    config, tokenizer = read_model(args.model, args.trust_remote_code)
     folder = args.out or Path("evaluations") / Path(args.model).resolve().name
     today = first_day(folder)
     benches, ks = {}, {}
@@ -1883,6 +1897,9 @@ def check_evaluation(args) -> Evaluation:
                 args.system,
                 args.generation_prefix,
                 rewarded=rewards is not None,
+                question_field=args.question_field,
+                answer_field=args.answer_field,
+                template=args.template,
                 today=today,
                 checker=checker if first else None,
                 keep_rows=args.demonstrations is not None,
@@ -1951,7 +1968,7 @@ def evaluation_settings(args, benches: dict[str, list], ks: dict[str, int], dtyp
         "weights": weights,
         "questions": hashlib.sha256(repr(prompts).encode()).hexdigest(),
     }
-    no_matter = ("model", "out", "demonstrations", "keep")
+    no_matter = ("model", "out", "demonstrations", "keep", "trust_remote_code")
     flags = {key: value for key, value in vars(args).items() if key not in no_matter}
     flags["demonstrations"] = args.demonstrations is not None
     own = {"k": list(ks.values()), "dtype": str(dtype).removeprefix("torch.")}
@@ -1991,6 +2008,7 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
         seed=args.seed,
         eos_ids=eos_ids(args.model, tokenizer),
         gpu_memory_utilization=0.85,
+        trust_remote_code=args.trust_remote_code,
     )
     if rank == 0:
         dtype = evaluation.settings["dtype"]
@@ -2071,7 +2089,7 @@ def write_demonstrations(evaluation: Evaluation) -> None:
                 right = sorted(right, key=lambda j: found["tokens"][j])[:1]
             count["solved"] += bool(right)
             row = dict(question.row)
-            chat = data.is_chat(row)
+            chat = data.is_chat(row) and args.question_field not in row
             column = "target" if chat else "solution"
             row |= {column: None, "behavior_logprobs": None}  # were of another's solution
             if evaluation.rewards is None:  # whose functions want these as they are
@@ -2109,8 +2127,10 @@ def read_model(name: str, trust_remote_code: bool = False):
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=remote)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=remote)
     except (OSError, ValueError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise ValueError(f"{name}: not a model's folder or Hub id: {reason}") from None
+        reason = f"not a model's folder or Hub id: {str(problem).splitlines()[0]}"
+        if "trust_remote_code" in str(problem):
+            reason = "it comes with Python code, which --trust-remote-code runs"
+        raise ValueError(f"{name}: {reason}") from None
     return config, tokenizer
 
 
@@ -2204,7 +2224,11 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", help="folder or Hub id")
     known = ", ".join(BENCHES)
-    add("--bench", required=True, help=f"comma-separated: {known}, chain, or JSONL files")
+    named = f"comma-separated: {known}, chain, or JSONL or parquet files"
+    add("--bench", required=True, help=named)
+    column = "a file's column of questions, where the layout is not a known one"
+    add("--question-field", default="", help=column)
+    add("--answer-field", default="", help="and of gold answers")
     add("--k", type=int, help="responses a question; default: 32 for AIME and AMC, else 1")
     add("--temperature", type=float, help="default: 0.6, with --demonstrations 1, as PEAR wants it")
     add("--max-tokens", type=int, default=8192, help="of a response")
@@ -2212,10 +2236,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add(
         "--system",
         help="system message, as 'Reason step by step, and put your final answer in "
-        r"\boxed{}.'; default: none, or the chat template's own",
+        r"\boxed{}.'; default: the rows' own, if any, else the chat template's",
     )
+    styles = "the tokenizer's chat template, or plain text; auto: chat if it has one"
+    add("--template", choices=("auto", "chat", "plain"), default="auto", help=styles)
     prefix = r"ends each prompt, as '<think>\n'"
     add("--generation-prefix", default="", type=line_breaks, help=prefix)
+    code = "run Python code that comes with the model"
+    add("--trust-remote-code", action="store_true", help=code)
     add("--sampler", choices=("auto", "vllm", "torch"), default="auto")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     meaning = "auto: bfloat16 on GPUs, as in training; elsewhere the checkpoint's"
@@ -2260,12 +2288,14 @@ def add_checker_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "\n".join(["each kind of answer, and where it stands in a response:", *kinds])
 
 
-def fail(program: str, error: Exception, refusal: type, code: int, place: str = "") -> int:
+def fail(
+    program: str, error: Exception, refusal: type, code: int, place: str = "", memory: str = ""
+) -> int:
     """Says in a line what is wrong, and returns the exit code: `code` for a refusal, else 1.
 
     A refusal is an error of that type raised by these files: all ranks have it, and rank 0 says it.
     Any other may be a rank's own: each says it with its number and, if it is neither the system's
-    nor a reward function's, with a traceback.
+    nor a reward function's, with a traceback. memory: what helps where a GPU's is spent.
 
     Under torchrun that line would not be the last: 25 of torchrun's own follow. It shows at their
     end what a rank has left in its error file (torch.distributed.elastic.multiprocessing.errors).
@@ -2278,6 +2308,8 @@ def fail(program: str, error: Exception, refusal: type, code: int, place: str = 
     if not refused:
         code = 1
         message = f"{program}: rank {rank}{place}: {type(error).__name__}: {error}"
+        if memory and "out of memory" in str(error):  # torch's own type, CUDA's, and vLLM's
+            message += f"; {memory}"
         if not isinstance(error, (OSError, RewardError)):
             traceback.print_exception(error)
     if not refused or rank == "0":

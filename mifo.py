@@ -1253,12 +1253,16 @@ def log_responses(
             run.log[f"rewards/{name}"] = mean_judged([r.rewards[name] for r in responses])
         run.log["answers/correct"] = verdicts["correct"] / n
         run.log["answers/unjudged"] = verdicts["unjudged"] / n
-        nothing = "warning: --reward returned None for every response: RL learns nothing"
-        state.warning = nothing if verdicts["unjudged"] == n else ""
     else:
         run.log |= {f"answers/{verdict}": verdicts[verdict] / n for verdict in evaluation.VERDICTS}
-        kinds = sorted({q.kind for q in questions})
-        state.warning = no_answers(cfg, kinds, run.log["truncated"], run.log["answers/unparsed"])
+    kinds = sorted({q.kind for q in questions})
+    warning = no_answers(cfg, kinds, run.log["truncated"], verdicts["unparsed"] / n)
+    if verdicts["unjudged"] == n:
+        warning += "--reward returned None for every response: RL learns nothing. "
+    elif state.rl_steps == 1 or state.warning:  # later it may be so because all is learnt
+        if seen := equal_rewards(cfg, [r.reward for r in responses], accuracies):
+            warning += f"In RL step {state.rl_steps} {seen}."
+    state.warning = f"warning: {warning.rstrip()}" if warning else ""
     if state.rl_steps == 1 and state.warning:
         say(state.warning)
     if run.rank != 0 or cfg.samples_logged == 0:
@@ -1293,15 +1297,16 @@ def none_for_nan(reward: float) -> float | None:
 
 
 def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float) -> str:
-    """What to do, in a line, if nearly no response of an RL step ended or held an answer."""
+    """What to do, in sentences, if nearly no response of an RL step ended or held an answer."""
     text = ""
     if truncated >= 0.9:
-        text += f"{truncated:.0%} of the responses were cut at --max-response {cfg.max_response}. "
+        text += f"{truncated:.0%} of the responses were cut at --max-response {cfg.max_response}: "
+        text += "raise it, or see in samples.jsonl why they do not end. "
     if unparsed >= 0.9:
         text += f"No answer was found in {unparsed:.0%} of the responses (see samples.jsonl). "
         for kind in kinds:
             if cfg.extract == "boxed" or kind not in ("math", "number"):
-                text += f"Answers of kind {kind} are {evaluation.KINDS[kind].where}. "
+                text += f"What counts as an answer of kind {kind}: {evaluation.KINDS[kind].where}. "
         if cfg.require_think:
             text += "--require-think wants one closing </think> before them. "
         if "math" in kinds and cfg.extract == "boxed":
@@ -1309,11 +1314,33 @@ def no_answers(cfg: Config, kinds: list[str], truncated: float, unparsed: float)
                 "Ask for the box by --system 'Put your final answer in \\boxed{}.', take answers from "
                 "anywhere by --extract any, or name another kind in a column `kind`. "
             )
-    if text:
-        text = (
-            f"warning: {text}Without rewards RL learns nothing, and every question counts as hard."
-        )
     return text
+
+
+def equal_rewards(cfg: Config, rewards: list[float], accuracies: list[float]) -> str:
+    """What was seen, if the rewards of an RL step tell no response to a question from another, or
+    if --right-above lies beside all of them; else "". NaN: not judged."""
+    rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, cfg.samples)  # [Q, G]
+    lowest = rewards.masked_fill(rewards.isnan(), math.inf).amin(1)  # [Q]
+    highest = rewards.masked_fill(rewards.isnan(), -math.inf).amax(1)  # [Q]
+    judged = [accuracy for accuracy in accuracies if not math.isnan(accuracy)]
+    if cfg.rl_loss != "nft":
+        equal, what = bool((lowest >= highest).all()), "all rewards of each question were equal"
+    else:  # knows right and wrong only
+        equal, what = set(judged) <= {0, 1}, "no question had both right and wrong responses"
+    interleaves = cfg.schedule == "interleave"
+    beside = bool(cfg.reward) and interleaves and set(judged) in ({0}, {1})
+    said = []
+    if equal:
+        said.append(f"{what} (mean {rewards.nanmean().item():.2f}): RL learns nothing from them")
+    if cfg.reward and (equal or beside):
+        low, high = lowest.min().item(), highest.max().item()
+        above = f"right means above --right-above {cfg.right_above:g}"
+        said.append(f"rewards went from {low:g} to {high:g}, and {above}")
+    if interleaves and (equal or beside):
+        hard = sum(accuracy <= cfg.p for accuracy in judged)
+        said.append(f"{hard} of {len(accuracies)} questions count as hard")
+    return "; ".join(said)
 
 
 def log_evaluation(run: Run, results: dict[str, dict], correct: dict[str, list[int]]) -> None:
@@ -1474,8 +1501,12 @@ def summary(run: Run) -> str:
         f"demonstrations used {used:,} ({different:,} different), "
         f"tokens sampled {state.sampled_tokens:,}",
         "seconds: " + ", ".join(f"{phase} {value:.1f}" for phase, value in longest_first),
-        *([state.warning] if state.warning else []),
     ]
+    if run.cfg.schedule == "interleave" and state.sft_phases == 0:
+        found, size = len(state.buffer), run.cfg.buffer_size
+        lines.append(f"no SFT phase: {found} hard questions were found, --buffer-size is {size}")
+    if state.warning:
+        lines.append(state.warning)
     return "\n".join(lines)
 
 
@@ -2059,6 +2090,9 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
         say(f"{cfg.data}: {questions.report()}")
         if cfg.system == "data":
             system = data.system_prompt(questions)
+    if cfg.schedule != "sft" and len(questions) < cfg.questions:
+        text = f"{len(questions)} questions for --questions {cfg.questions}"
+        say(f"{text}: some stand several times in a step")
     most = len(data.demonstrated(questions)) - cfg.sft_holdout
     if cfg.sft_holdout and most < 1:
         raise ValueError(
@@ -2084,9 +2118,17 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
             cfg.generation_prefix,
             rewarded=bool(cfg.reward),
             checker=checker if rank == 0 else None,
+            question_field=cfg.question_field,
+            answer_field=cfg.answer_field,
             template=cfg.template,
             today=today,
         )
+        longest = max(benches[name], key=lambda question: len(question.prompt))
+        if len(longest.prompt) > cfg.max_prompt:
+            raise ValueError(
+                f"--evaluate {name}: question {longest.id} has a prompt of {len(longest.prompt)} "
+                f"tokens, --max-prompt is {cfg.max_prompt}"
+            )
     return questions, benches
 
 
@@ -2150,8 +2192,8 @@ def dry_run(cfg: Config) -> str:
             value = "None, not judged" if math.isnan(value) else f"{value:g}"
             judged.append(f"reward     {name}: {value}, of {of}")
     else:
-        place = "the whole response" if anywhere else evaluation.KINDS[question.kind].where
-        judged = [f"answers    of kind {question.kind}: looked for in {place}"]
+        place = "anywhere" if anywhere else evaluation.KINDS[question.kind].where
+        judged = [f"answers    of kind {question.kind}, in a response: {place}"]
     return "\n".join(
         [
             f"model      {model_dir}: {described(config)}; its weights were not read",
@@ -2168,7 +2210,7 @@ def dry_run(cfg: Config) -> str:
             f"{len(response):,}; they meet at <<<|>>>",
             f"{data.decode(tokenizer, prompt)}<<<|>>>{data.decode(tokenizer, response)}",
             "",
-            "dry run: all is in place; nothing was trained",
+            "dry run: settings, tokenizer and data are in place; the weights were not tried",
         ]
     )
 
@@ -2265,13 +2307,16 @@ def check_config(cfg: Config, world: int) -> None:
 
     def divides(name: str, by: int, what: str) -> None:
         value = getattr(cfg, name)
-        must(value % by == 0, f"{flag(name)} {value} does not divide by {what}")
+        must(value % by == 0, f"{flag(name)} {value} is not a multiple of {what}")
 
     out, staged = Path(cfg.out), cfg.schedule in STAGED
     must(not out.exists() or out.is_dir(), f"--out {cfg.out} is not a folder")
-    divides("questions", world, f"the {world} ranks")
+    divides("questions", world, f"{world}, the number of ranks")
     divides("questions", cfg.updates, f"--updates {cfg.updates}")
-    must(world % cfg.replicas == 0, f"--replicas {cfg.replicas} does not divide the {world} ranks")
+    must(
+        world % cfg.replicas == 0,
+        f"{world}, the number of ranks, is not a multiple of --replicas {cfg.replicas}",
+    )
     must(
         bool(cfg.model) == bool(cfg.data),
         "--model and --data go together: give both, or neither for the embedded task",
@@ -2337,9 +2382,9 @@ def check_config(cfg: Config, world: int) -> None:
     evaluation.check_reward_flags(cfg)
     reward_functions(cfg)
     for name in filter(None, cfg.evaluate.split(",")):
-        known = name == "chain" or name in evaluation.BENCHES or name.endswith((".jsonl", ".json"))
-        benches = ", ".join(evaluation.BENCHES)
-        must(known, f"--evaluate: {name!r} is neither a JSONL file nor one of {benches}, chain")
+        known = name == "chain" or name in evaluation.BENCHES or Path(name).suffix in data.FILES
+        benches, files = ", ".join(evaluation.BENCHES), ", ".join(data.FILES)
+        must(known, f"--evaluate: {name!r} is none of {benches}, chain, nor a file of {files}")
         check_file("--evaluate", name)
 
 
@@ -2352,7 +2397,7 @@ def within(value: float, bounds: str) -> bool:
 
 
 def check_file(name: str, path: str) -> None:
-    if path.endswith((".jsonl", ".json", ".parquet")) and not Path(path).is_file():
+    if Path(path).suffix in data.FILES and not Path(path).is_file():
         raise ValueError(f"{name}: there is no file {path}")
 
 
@@ -2418,6 +2463,9 @@ def settings(cfg: Config) -> str:
     return textwrap.fill(text, 100, subsequent_indent="  ", break_long_words=False)
 
 
+MEMORY = "lower --micro-tokens or --gpu-memory-utilization, or give --activation-checkpointing"
+
+
 def main() -> int:
     """The exit code: 0, 1 for a run that could not go on, 2 for wrong input, 128 + a signal."""
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
@@ -2432,7 +2480,7 @@ def main() -> int:
     try:
         cfg = parse_config(sys.argv[1:])
         say(settings(cfg))
-        found = open_folder(cfg) if cfg.resume or not cfg.dry_run else False
+        found = open_folder(cfg)
         if cfg.dry_run:
             if os.environ["RANK"] == "0":
                 say("", dry_run(cfg))
@@ -2445,7 +2493,7 @@ def main() -> int:
             load_checkpoint(run, newest_whole(run))
             say(f"resumed after step {run.state.step}: RL step {run.state.rl_steps} of {cfg.steps}")
     except Exception as error:  # out of memory, too: a rank that lingers keeps the others waiting
-        return evaluation.fail("mifo.py: error", error, ValueError, 2)
+        return evaluation.fail("mifo.py: error", error, ValueError, 2, memory=MEMORY)
     try:
         stop = run_to_end(run, found)
         last = checkpoints(cfg.out)[-1]
@@ -2459,7 +2507,7 @@ def main() -> int:
         return 0
     except Exception as error:
         step = f", step {run.state.step}"
-        return evaluation.fail("mifo.py: error", error, Stopped, 1, step)
+        return evaluation.fail("mifo.py: error", error, Stopped, 1, step, memory=MEMORY)
 
 
 def run_to_end(run: Run, resumed: bool) -> int:

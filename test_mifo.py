@@ -4347,6 +4347,32 @@ def test_benchmark_files_are_read_as_training_rows_are(tmp_path, monkeypatch):
     assert {q.demonstration for q in questions} == {None}
 
 
+def test_named_columns_are_read_from_the_files_that_have_them(tmp_path, monkeypatch, capsys):
+    seen = rendered_texts(monkeypatch)
+    rows = [{"frage": "1+1?", "loesung": 2, "question": "not this", "answer": "nor this"}]
+    named = write_rows(tmp_path / "named.jsonl", rows)
+    own = write_rows(tmp_path / "own.parquet", [{"question": "2+2?", "answer": "4"}])
+    other = write_rows(tmp_path / "other.jsonl", [{"frag": "1+1?", "loesung": 2}])
+    no_answer = write_rows(tmp_path / "half.jsonl", [{"frage": "1+1?", "answer": 2}])
+    fields = dict(question_field="frage", answer_field="loesung")
+    with evaluation.Checker(limit=20.0) as checker:
+        load = lambda path: evaluation.load_questions(
+            path, None, None, "", checker=checker, **fields
+        )
+        assert [load(path)[0].answer for path in (named, own)] == ["2", "4"]
+        said = f"warning: {own}: no column frage: its own layout is read\n"
+        assert capsys.readouterr().err == said
+        with pytest.raises(ValueError, match="no known layout; found frag, loesung"):
+            load(other)
+        with pytest.raises(ValueError, match="no column loesung in the first"):
+            load(no_answer)
+    assert [text for text, _ in seen] == ["1+1?", "2+2?"]
+    (question,) = evaluation.load_questions(
+        no_answer, None, None, "", rewarded=True, question_field="frage", template="plain"
+    )
+    assert question.row == {"frage": "1+1?", "answer": 2}
+
+
 # fmt: off
 @pytest.mark.parametrize("text, message", [
     ('{"answer": "1"}', "line 2: no question; its columns are .'answer'"),
@@ -4617,6 +4643,7 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     right = "right would be " + str(tmp_path / "run" / "checkpoints" / "step-000012" / "model")
     assert right in refuse(tmp_path / "run", "--bench", "chain")
     assert "not a model's folder or Hub id" in refuse(tmp_path, "--bench", "chain")
+    assert "--question-field" in refuse(*chain, "--question-field", "q", "--answer-field", "a")
     assert "--max-tokens 1000" in refuse(*chain, "--max-tokens", 1000)
     assert "--max-tokens must be" in refuse(*chain, "--max-tokens", 0)
     assert "--k must be" in refuse(*chain, "--k", 0)
@@ -4634,6 +4661,47 @@ def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys)
     assert "model there is none" in refuse(*there)
     (tmp_path / "settings.json").write_text(json.dumps({"model": "another"}))
     assert "model there is another" in refuse(*there)
+
+
+OWN_MODEL = """
+import transformers
+
+class OwnConfig(transformers.Qwen2Config):
+    model_type = "own"
+
+class OwnModel(transformers.Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_an_evaluation_takes_own_code_template_and_columns(
+    chat_tokenizer, tmp_path, monkeypatch, capsys
+):
+    model = Path(tiny_model(tmp_path / "model", 0, chat_tokenizer))
+    (model / "own.py").write_text(OWN_MODEL)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "hf"))
+    bench = write_rows(tmp_path / "rows.jsonl", [{"frage": "a?", "loesung": "a", "kind": "chain"}])
+    command = [model, "--bench", bench, "--sampler", "torch", "--max-tokens", 4]
+    command += ["--question-field", "frage", "--answer-field", "loesung", "--template", "plain"]
+    command += ["--out", tmp_path / "out"]
+    capsys.readouterr()  # a bar of what was saved
+    assert "which --trust-remote-code runs" in refused(monkeypatch, capsys, *command)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, command), "--trust-remote-code"])
+    seen, evaluate = [], evaluation.evaluate
+    monkeypatch.setattr(
+        evaluation,
+        "evaluate",
+        lambda *given, **more: seen.append(given) or evaluate(*given, **more),
+    )
+    assert evaluation.main() == 0
+    [(sampler, [question], *_)] = seen
+    assert type(sampler.model).__name__ == "OwnModel"
+    assert chat_tokenizer.decode(question.prompt) == "Question: a?\nAnswer:\n"
+    (line,) = response_lines(tmp_path / "out")
+    assert json.loads(line)["answer"] == "a"
 
 
 def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, monkeypatch):
@@ -4873,6 +4941,7 @@ LAYOUTS = {
     "both": OPENR1_ROWS[0] | {"problem": "Another?"},
     "worked": {"question": "2 + 2?", "answer": "I add them.\n#### 4", "behavior_logprobs": [0.5]},
     "options": {"question": "Which?", "options": ["4", "5"], "answer": "5", "target": "kept"},
+    "named": {"prompt": "2 + 2?", "gold": "4"},
 }
 
 
@@ -4880,14 +4949,18 @@ LAYOUTS = {
 @pytest.mark.parametrize("right", [True, False])
 def test_demonstrations_are_read_from_each_layout(name, right, chat_tokenizer, tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [LAYOUTS[name]])
-    [asked] = evaluation.load_questions(source, chat_tokenizer, None, "", keep_rows=True)
+    named = dict(question_field="prompt", answer_field="gold") if name == "named" else {}
+    [asked] = evaluation.load_questions(source, chat_tokenizer, None, "", keep_rows=True, **named)
     found = {"solution": [None, "longer, mine", "mine"] if right else [None] * 3}
     found |= {"tokens": [1, 5, 3], "behavior_logprobs": [None] * 3}
     args = types.SimpleNamespace(demonstrations=tmp_path / "a.jsonl", keep=None, temperature=1.0)
+    args.question_field = named.get("question_field", "frage")  # which the other rows lack
     made = types.SimpleNamespace(args=args, benches={"x": [asked]}, rewards=None)
     made.finished = lambda: {asked.id: found}
     evaluation.write_demonstrations(made)
-    [q] = read_questions(tmp_path / "a.jsonl", chat_tokenizer)
+    if named:
+        named["solution_field"] = "solution"
+    [q] = read_questions(tmp_path / "a.jsonl", chat_tokenizer, **named)
     assert (q.prompt, q.answer, q.kind) == (asked.prompt, asked.answer, asked.kind)
     if right:
         assert chat_tokenizer.decode(q.demonstration, skip_special_tokens=True) == "mine"
@@ -5595,8 +5668,9 @@ def test_dry_run_shows_everything_short_of_the_weights(dry_folder, monkeypatch):
         "<|im_start|>assistant\n<think>\n"
         "<<<|>>>Two twos.\n</think>\n\\boxed{4}<|endoftext|>\n"
     ) in text
-    assert r"of kind math: looked for in the last `\boxed{}`" in text
-    assert text.splitlines()[-1] == "dry run: all is in place; nothing was trained"
+    assert r"of kind math, in a response: the last `\boxed{}`, equal as mathematics" in text
+    last = "dry run: settings, tokenizer and data are in place; the weights were not tried"
+    assert text.splitlines()[-1] == last
     assert not (dry_folder / "run").exists() and not torch.distributed.is_initialized()
 
 
@@ -5624,6 +5698,39 @@ def test_dry_run_refuses_what_a_run_would_refuse(dry_folder, monkeypatch):
     assert "the first question: gold answer '2'" in mifo.dry_run(
         recipe_config(monkeypatch, *dry_flags(dry_folder, "--schedule", "rl"))
     )
+
+
+def test_dry_run_refuses_a_folder_that_holds_a_run(dry_folder, monkeypatch, capsys):
+    (dry_folder / "run").mkdir()
+    (dry_folder / "run" / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(sys, "argv", ["mifo.py", *dry_flags(dry_folder)])
+    monkeypatch.setattr(mifo.signal, "signal", lambda number, handler: None)  # this process's own
+    assert mifo.main() == 2
+    assert f"--out {dry_folder / 'run'} holds a run already" in capsys.readouterr().err
+
+
+def test_dry_run_reads_what_is_evaluated_as_the_run_would(dry_folder, monkeypatch, capsys):
+    """By the columns named for the training rows, and with prompts of at most --max-prompt."""
+    row = {"frage": "2+2?", "loesung": "4", "weg": "\\boxed{4}"}
+    write_rows(dry_folder / "train.jsonl", [row] * 3)
+    asked = [{"frage": "4+4?", "loesung": "8"}, {"frage": "What is 4+4?", "loesung": "8"}]
+    write_rows(dry_folder / "test.parquet", asked)
+    flags = dry_flags(dry_folder, f"--evaluate={dry_folder / 'test.parquet'}", "--questions=8")
+    flags += ["--question-field=frage", "--answer-field=loesung", "--solution-field=weg"]
+    prompts = [f"<|im_start|>system\nBox it.<|im_end|>\n<|im_start|>user\n{row['frage']}<|im_end|>\n"
+               "<|im_start|>assistant\n<think>\n" for row in asked]  # fmt: skip
+    lengths = [len(re.sub(r"<\|\w+\|>", "!", prompt)) for prompt in prompts]
+    few = "3 questions for --questions 8: some stand several times in a step\n"
+    text = mifo.dry_run(recipe_config(monkeypatch, *flags, f"--max-prompt={lengths[1]}"))
+    assert "test.parquet: 2 questions" in text and few in capsys.readouterr().out
+    said = rf"--evaluate {dry_folder}/test.parquet: question test.parquet/1 has a prompt of "
+    with pytest.raises(ValueError, match=f"{said}{lengths[1]} tokens, --max-prompt is"):
+        mifo.dry_run(recipe_config(monkeypatch, *flags, f"--max-prompt={lengths[1] - 1}"))
+    capsys.readouterr()
+    mifo.dry_run(recipe_config(monkeypatch, *flags, "--schedule=sft"))
+    write_rows(dry_folder / "train.jsonl", [row] * 8)
+    mifo.dry_run(recipe_config(monkeypatch, *flags))
+    assert "several times" not in capsys.readouterr().out
 
 
 def test_dry_run_shows_the_reward_of_the_first_demonstration(dry_folder, monkeypatch):
@@ -5714,9 +5821,7 @@ def test_dry_run_as_a_command(dry_folder):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith("settings") and done.stdout.rstrip().endswith(
-        "nothing was trained"
-    )
+    assert done.stdout.startswith("settings") and done.stdout.endswith("were not tried\n")
     assert not (dry_folder / "run").exists()
 
 
@@ -8543,21 +8648,105 @@ def evaluated_run(folder: Path) -> mifo.Run:
 
 
 @case(worlds=(1,))
-def unparsed_run(folder):
-    """What a run prints whose responses never hold an answer, and its summary."""
-    run = open_run(folder / "unparsed", schedule="rl", steps=3)
-    run.checker.check = lambda texts, golds, kinds: ["unparsed"] * len(texts)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        mifo.train(run)
-    return printed.getvalue(), mifo.summary(run)
+def runs_without_signal(folder):
+    """{name: (what a run prints, its summary)}; of a run's steps some have equal verdicts."""
+    found = {}
+    for name, verdicts, settings in (
+        ("unparsed", ["unparsed"] * 3, dict(schedule="rl")),
+        ("wrong", ["wrong"] * 2, dict(buffer_size=10)),
+        ("once", ["wrong", "", "correct"], dict(schedule="rl")),
+        ("late", ["", "correct"], dict(schedule="rl")),
+    ):
+        run = open_run(folder / f"no-signal-{name}", steps=len(verdicts), **settings)
+
+        def check(texts, golds, kinds, run=run, verdicts=verdicts):
+            verdict = verdicts[run.state.rl_steps]
+            return [verdict] * len(texts) if verdict else ["wrong", "correct"] * (len(texts) // 2)
+
+        run.checker.check = check
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            mifo.train(run)
+        found[name] = printed.getvalue(), mifo.summary(run)
+    return found
 
 
-def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(unparsed_run):
-    [(printed, summary)] = unparsed_run[1]
-    for text in (printed, summary):
+def test_a_run_without_answers_says_so_after_its_first_step_and_at_the_end(runs_without_signal):
+    for text in runs_without_signal[1][0]["unparsed"]:
         assert text.count("warning: ") == 1
         assert "No answer was found in 100% of the responses" in text
-        assert "Answers of kind chain are the last `[...]`" in text
+        assert "What counts as an answer of kind chain: the last `[...]`" in text
+        assert "RL learns nothing" in text and "hard" not in text
+
+
+def test_a_run_whose_rewards_are_equal_says_so_after_its_first_step_and_at_the_end(
+    runs_without_signal,
+):
+    [found] = runs_without_signal[1]
+    for step, text in enumerate(found["wrong"], 1):
+        said = f"warning: In RL step {step} all rewards of each question were equal (mean 0.00): "
+        said += "RL learns nothing from them; 4 of 4 questions count as hard."
+        assert said in text.splitlines()
+        assert text.count("warning: ") == 1
+    assert "\nno SFT phase: 8 hard questions were found, --buffer-size is 10\n" in found["wrong"][1]
+    printed, summary = found["once"]
+    assert printed.count("warning: In RL step 1 ") == 1 and "no SFT phase" not in summary
+    assert "warning" not in summary + "".join(found["late"])  # as at the end of what is learnt
+
+
+NO_SIGNAL = [  # settings, rewards of each question's two samples, how many are right; what is said
+    ({}, [0, 0, 0, 0], [0, 0], ["equal (mean 0.00): RL learns nothing", "2 of 2 questions"]),
+    ({}, [1, 1, 0, 0], [1, 0], ["equal (mean 0.50): RL learns nothing", "1 of 2 questions"]),
+    ({}, [1, 0, 0, 0], [0.5, 0], []),
+    ({"schedule": "rl"}, [0, 0, 0, 0], [0, 0], ["all rewards of each question were equal"]),
+    ({"reward": "x"}, [0.3, math.nan, math.nan, math.nan], [0, math.nan],
+     ["(mean 0.30)", "went from 0.3 to 0.3, and right means above --right-above 0.5", "1 of 2 "]),
+    ({"reward": "x"}, [0.1, 0.2, 0.3, 0.4], [0, 0], ["rewards went from 0.1 to 0.4", "2 of 2 "]),
+    ({"reward": "x", "right_above": -1}, [0, 1, 0, 1], [1, 1], ["from 0 to 1", "0 of 2 questions"]),
+    ({"reward": "x"}, [0.1, 0.9, 0.3, 0.4], [0.5, 0], []),
+    ({"reward": "x"}, [0.1, 0.2, 0.8, 0.9], [0, 1], []),
+    ({"reward": "x", "schedule": "rl"}, [0.1, 0.2, 0.3, 0.4], [0, 0], []),
+    ({"reward": "x", "schedule": "rl", "rl_loss": "nft"}, [0.1, 0.2, 0.8, 0.9], [0, 1],
+     ["no question had both right and wrong responses (mean 0.50)", "from 0.1 to 0.9"]),
+    ({"reward": "x"}, [-1, math.nan, math.nan, math.nan], [0, math.nan], ["went from -1 to -1,"]),
+    ({"rl_loss": "nft"}, [1, 0, 0, 0], [0.5, 0], []),
+    ({"rl_loss": "nft"}, [0, 0, 0, 0], [0, 0], ["no question had both right and wrong"]),
+    ({"p": 0}, [0, 0, 1, 1], [0, 1], ["1 of 2 questions count as hard"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "rewards", "accuracies", "said"), NO_SIGNAL)
+def test_equal_rewards_and_those_beside_what_is_right_are_told(settings, rewards, accuracies, said):
+    text = mifo.equal_rewards(mifo.Config(samples=2, **settings), rewards, accuracies)
+    assert all(part in text for part in said) and bool(said) == bool(text)
+    assert ("hard" in text) == (bool(said) and "schedule" not in settings)
+    assert ("RL learns nothing" in text) == ("(mean " in text)
+    assert ("--right-above" in text) == (bool(said) and "reward" in settings)
+
+
+def test_rewards_of_ones_own_are_warned_of_likewise(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    nan, cut = math.nan, "warning: 100% of the responses were cut at --max-response 8192: "
+    for rewards, verdict, truncated, begins, says in (
+        ([0.1, 0.9], "wrong", False, "", ""),
+        ([nan, nan], "unjudged", False, "warning: --reward returned None for every response", ""),
+        ([0.1, 0.9], "wrong", True, cut, ""),
+        ([nan, nan], "unjudged", True, cut, "--reward returned None for every response"),
+        ([0.2, 0.2], "wrong", True, cut, "In RL step 1 all rewards of each question were equal"),
+    ):
+        cfg = mifo.Config(samples=2, samples_logged=0, reward="x", schedule="rl")
+        own = types.SimpleNamespace(functions=["x"])
+        state = mifo.State(rl_steps=1)
+        run = types.SimpleNamespace(cfg=cfg, state=state, log={}, rewards=own, rank=0)
+        responses = []
+        for reward in rewards:
+            response = mifo.Response("a", [1], [2], [0.0], truncated, "", verdict, reward)
+            response.rewards = {"x": reward}
+            responses.append(response)
+        question = data.Question("a", [1], "", None)
+        mifo.log_responses(run, [question], responses, [0.0])
+        assert state.warning.startswith(begins) and says in state.warning
+        assert bool(state.warning) == bool(begins)
+        assert capsys.readouterr().out == state.warning + "\n" * bool(begins)
 
 
 NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and what is not
@@ -8578,7 +8767,7 @@ NO_ANSWERS = [  # kinds, shares cut and unparsed, settings; what is said, and wh
 @pytest.mark.parametrize(("kinds", "cut", "unparsed", "settings", "said", "unsaid"), NO_ANSWERS)
 def test_the_warning_names_what_is_wrong(kinds, cut, unparsed, settings, said, unsaid):
     text = mifo.no_answers(mifo.Config(**settings), kinds, cut, unparsed)
-    assert text.startswith("warning: ") and "\n" not in text
+    assert text.endswith(". ") and "\n" not in text and "hard" not in text
     assert all(part in text for part in said) and not any(part in text for part in unsaid)
     assert mifo.no_answers(mifo.Config(**settings), kinds, 0.89, 0.89) == ""
 
@@ -8760,6 +8949,7 @@ def test_a_broken_run_ends_whole_and_soon(endless_run, how, monkeypatch):
 
 # What ends a run in set-up and in training: (what, exit code, who says so, its line, a traceback?)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+OUT_TOO = RuntimeError("CUDA error: out of memory")
 NO_SPACE = OSError(28, "No space left on device")
 ENDS = [
     ("set_up", lambda: mifo.read_model(mifo.Config(), "--model", "/none"), 2, "first",
@@ -8770,6 +8960,7 @@ ENDS = [
     ("run_to_end", mifo.Stopped("the engine"), 1, "first", "the engine", False),
     ("run_to_end", OUT_OF_MEMORY, 1, "each", "rank {}, step 3: OutOfMemoryError: CUDA out", True),
     ("run_to_end", NO_SPACE, 1, "each", "rank {}, step 3: OSError: [Errno 28] No space", False),
+    ("run_to_end", OUT_TOO, 1, "each", "rank {}, step 3: RuntimeError: CUDA error: out of", True),
     ("run_to_end", ValueError("no such k"), 1, "each", "rank {}, step 3: ValueError: no such", True),
 ]  # fmt: skip
 
@@ -8800,6 +8991,7 @@ def test_whatever_ends_a_rank_is_said_and_main_returns(
     else:
         assert said.splitlines()[-1].startswith("mifo.py: error: " + line.format(rank))
         assert ("Traceback" in said) == traced
+        assert said.endswith(f"; {mifo.MEMORY}\n") == (what in (OUT_OF_MEMORY, OUT_TOO))
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path, monkeypatch):
@@ -8921,8 +9113,10 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--k 1.01", "--k"), ("--alpha 1.1", "--alpha"), ("--p 2", "--p"), ("--beta2 1", "--beta2"),
     ("--temperature 0", "--temperature"), ("--pear-gamma 0", "--pear-gamma"),
     # what does not go together
-    ("--steps 0", "--steps"), ("--questions 5", "--questions 5"), ("--updates 3", "--updates 3"),
-    ("--replicas 3", "--replicas 3"), ("--behavior-model x", "--behavior-model"),
+    ("--steps 0", "--steps"), ("--behavior-model x", "--behavior-model"),
+    ("--questions 5", "--questions 5 is not a multiple of 2, the number of ranks"),
+    ("--questions 4 --updates 3", "--questions 4 is not a multiple of --updates 3"),
+    ("--replicas 3", "2, the number of ranks, is not a multiple of --replicas 3"),
     ("--pear-ratio-low 0.4", "--pear-ratio-low"), ("--pear-weight-high -11", "--pear-weight-"),
     ("--schedule rl --pear token", "--pear"),
     ("--sft-schedule cosine", "--sft-schedule"),
@@ -8951,6 +9145,7 @@ WRONG = [  # flags, on two ranks; what the error names
     ("--model x", "--data"), ("--data x/y", "--model"), ("--out /dev/null", "--out"),
     ("--model x --data /no/such.jsonl", "/no/such.jsonl"),
     ("--evaluate /no/such.jsonl", "/no/such.jsonl"), ("--evaluate nonsense", "nonsense"),
+    ("--evaluate /no/such.parquet", "there is no file /no/such.parquet"),
     # what goes with --data only
     ("--split train", "--split"), ("--data-config x", "--data-config"),
     ("--revision x", "--revision"), ("--question-field x", "--question-field"),

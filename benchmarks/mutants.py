@@ -461,6 +461,27 @@ MUTANTS = {
             ("not (cfg.resume and path.exists()):", "True:"),
             ("not (cfg.resume and path.exists()):", "not path.exists():"),
         ]),
+        ("equal_rewards", [
+            ("lowest >= highest).all()", "lowest >= highest).any()"),
+            ("rewards.isnan(), math.inf)", "rewards.isnan(), 0.0)"),
+            ("rewards.isnan(), -math.inf)", "rewards.isnan(), 0.0)"),
+            ("set(judged) <= {0, 1}", "set(judged) == {0, 1}"),
+            ("set(judged) in ({0}, {1})", "set(judged) <= {0, 1}"),
+            ("sum(accuracy <= cfg.p for", "sum(accuracy < cfg.p for"),
+        ]),
+        ("rewards_are_equal", [  # log_responses, summary
+            ("elif state.rl_steps == 1 or state.warning:", "else:"),
+            ('if run.cfg.schedule == "interleave" and state.sft_phases == 0:', "if state.sft_phases == 0:"),
+        ]),
+        ("what_is_evaluated or holds_a_run", [  # load_data, main
+            ("if len(longest.prompt) > cfg.max_prompt:", "if False:"),
+            ("if len(longest.prompt) > cfg.max_prompt:", "if len(longest.prompt) >= cfg.max_prompt:"),
+            ("max(benches[name], key=lambda question: len(question.prompt))", "benches[name][0]"),
+            ('if cfg.schedule != "sft" and len(questions) < cfg.questions:', "if len(questions) < cfg.questions:"),
+            ('if cfg.schedule != "sft" and len(questions) < cfg.questions:',
+             'if cfg.schedule != "sft" and len(questions) <= cfg.questions:'),
+            ("found = open_folder(cfg)", "found = not cfg.dry_run and open_folder(cfg)"),
+        ]),
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),
             ("        if evaluation_due(cfg, state, phase, following):", "        if False:"),
@@ -561,6 +582,14 @@ MUTANTS = {
         ]),
     ],
     "eval.py": [
+        ("named_columns or own_code_template or read_from_each_layout or ends_a_rank", [
+            ("if question_field and question_field not in chain(", "if question_field in chain("),
+            ("question_field, answer_field, rewarded=rewarded)", "rewarded=rewarded)"),
+            ("                template=args.template,\n", ""),
+            ("        trust_remote_code=args.trust_remote_code,\n", ""),
+            ("data.is_chat(row) and args.question_field not in row", "data.is_chat(row)"),
+            ('if memory and "out of memory" in str(error):', "if memory:"),
+        ]),
         ("teacher_demonstrates or demonstrations_are_read or all_may_be_kept or logprobs_go", [
             ('verdict == "correct" and not sample.truncated', 'verdict == "correct"'),
             ('verdict == "correct" and not sample.truncated', "not sample.truncated"),

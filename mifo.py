@@ -110,7 +110,8 @@ class Settings:
         MIFO, "strict", "frozen parameters: stay bit for bit; get zero gradients only; are not frozen")
     schedule: Literal["interleave", "rl", "sft", "sft-then-rl", "alternate"] = option(
         MIFO, "interleave", "interleave: MIFO; rl: GRPO alone; sft: SFT on all demonstrations; sft-then-rl: that, "
-        "then GRPO; alternate: an RL or an SFT step by a coin. The six settings above are interleave's")
+        "then GRPO; alternate: an RL or an SFT step by a coin. Only interleave takes --p, --buffer-size, --k, --alpha "
+        "and --freeze")
     rl_share: float = option(MIFO, 0.5, "chance of an RL step in --schedule alternate", "(0, 1)")
     demonstration_budget: int = option(
         MIFO, 0, "after this many different demonstrations no SFT phase begins; 0: no limit", "[0, inf)")
@@ -545,7 +546,7 @@ class Config(Settings):
     split: str = option(DATA, "", "of a Hub dataset; empty: train")
     data_config: str = option(DATA, "", "of a Hub dataset that has several")
     revision: str = option(DATA, "", "of a Hub dataset: branch, tag or commit")
-    question_field: str = option(DATA, "", "column of questions, where the layout is not a known one")
+    question_field: str = option(DATA, "", "column of questions where the layout is not known; in --evaluate, too")
     answer_field: str = option(DATA, "", "column of gold answers, likewise")
     solution_field: str = option(DATA, "", "column of demonstrations, likewise")
     template: Literal["auto", "chat", "plain"] = option(
@@ -602,7 +603,7 @@ class Config(Settings):
     seed: int = option(RUN, 0, "of sampling, the order of questions, the embedded base model", "[0, inf)")
     save_every: int = option(RUN, 50, "steps between checkpoints; a new best is saved too", "[1, inf)", may_change=True)
     keep: int = option(RUN, 2, "newest checkpoints kept, beside the best one", "[1, inf)", may_change=True)
-    evaluate: str = option(RUN, "", "benchmarks of eval.py or JSONL files, by commas; empty: nothing")
+    evaluate: str = option(RUN, "", "benchmarks of eval.py, JSONL or parquet files, by commas; empty: nothing")
     eval_every: int = option(RUN, 0, "RL steps between evaluations; 0: before and after", "[0, inf)", may_change=True)
     eval_sft_phases: bool = option(RUN, False, "evaluate around each SFT phase: what is forgotten?", may_change=True)
     eval_k: int = option(RUN, 1, "responses per question in evaluations", "[1, inf)")

@@ -6813,7 +6813,8 @@ PRESETS = {
 # fmt: on
 LONG_PRESETS = ("mifo", "dagger", "zero-grad-only")  # nine RL steps, so several SFT phases
 # A checkpoint takes longer than a step: these have one after each, the others one at the end.
-SAVED_PRESETS = (*LONG_PRESETS, "sft-then-rl", "pear-token", "alternate", "budget", "budget-stage")
+SAVED_PRESETS = (*LONG_PRESETS, "alternate", "budget", "budget-stage", "sft-then-rl",
+                 "pear-sequence", "pear-token", "pear-block")  # fmt: skip
 
 
 @functools.cache
@@ -9339,6 +9340,9 @@ def test_preset(presets, world, name):
         first = phases.index("sft")
         assert ("sft/frozen_share" in lines[first - 1]) == freezes
         assert ("sft/frozen_movement" in lines[first]) == freezes
+        if name in SAVED_PRESETS:
+            threshold = checkpoint_state(sft_phases(run)[0][0])["threshold"]
+            assert math.isfinite(threshold) == freezes
     else:
         sft_steps = 9 if name == "budget-stage" else 2 if "sft" in cfg.schedule else 0
         assert phases == ["sft"] * sft_steps + ["rl"] * rl_steps
@@ -9349,7 +9353,8 @@ def test_preset(presets, world, name):
         if not cfg.demonstration_budget:
             expected = list(range(16)) if "sft" in cfg.schedule else []
             assert sorted(state["demonstrations"]) == expected
-    if name in ("sft-then-rl", "pear-token"):  # nothing but the weights is handed over
+    if cfg.schedule == "sft-then-rl" and not cfg.demonstration_budget:
+        # nothing but the weights is handed over
         halfway, handed = (checkpoint_tensors(folder) for folder in checkpoints_of(run)[:2])
         assert of_kind(halfway, "sft/exp_avg/") and not of_kind(handed, "sft/")
         assert not of_kind(handed, "rl/")

@@ -362,6 +362,11 @@ class Rows:
 
     TEXT = "json"
 
+    @property
+    def columns(self) -> list[str]:
+        """Those of the first rows."""
+        return list(dict.fromkeys(itertools.chain(*self.head)))
+
     def name(self, index: int) -> str:
         """`line 3` as an editor counts, or `row 2` as datasets does."""
         return f"row {index}" if self.unit == "row" else f"{self.unit} {index + 1}"
@@ -372,7 +377,7 @@ class Rows:
     def row(self, index: int) -> dict:
         """One row, with None in the columns that it lacks and the first rows have."""
         [(_, row)] = self.decode(self.table[index : index + 1], [index])
-        return {**dict.fromkeys(itertools.chain(*self.head)), **row}
+        return {**dict.fromkeys(self.columns), **row}
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         start = 0
@@ -592,7 +597,7 @@ def row_reader(
     rewarded: reward functions judge, so that a row needs no answer; `prompt` alone is chat messages
     or text. Raises ValueError with the columns found.
     """
-    columns = dict.fromkeys(itertools.chain(*rows.head))
+    columns = rows.columns
     found = " ".join(", ".join(columns).split())[:300]
     flags = "--question-field, --answer-field and, in training, --solution-field"
     questions: tuple[str, ...] = ("problem", "question")

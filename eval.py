@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 
 VERDICTS = ("correct", "wrong", "unparsed", "timeout", "error")
@@ -1702,7 +1702,7 @@ def load_questions(
         read = data.row_reader(rows, bench.question, bench.answer, rewarded=rewarded)
     elif Path(name).suffix in data.FILES:
         rows = data.load_rows(name)
-        if question_field and question_field not in chain(*rows.head):
+        if question_field and question_field not in rows.columns:
             if checker:
                 say_warning(f"{name}: no column {question_field}: its own layout is read")
             question_field = answer_field = ""

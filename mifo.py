@@ -466,9 +466,8 @@ def micro_batches(run: Run, pairs: list[tuple[list[int], list[int]]], **aligned)
             batch["mask"][:] = False
         batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
         yield SimpleNamespace(indices=indices, **batch)
-    run.policy.set_reshard_after_forward(
-        True
-    )  # else a pass without a backward one leaves all whole
+    # Else a pass that no backward pass follows would leave all weights gathered.
+    run.policy.set_reshard_after_forward(True)
 
 
 class Policy(nn.Module):

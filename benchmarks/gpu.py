@@ -213,7 +213,8 @@ def memory(out: Path, name: str = "memory") -> Rows:
         responses = sample(run, questions)
         for i, response in enumerate(responses):
             right = i % 2 == 0 and i // run.cfg.samples % 2 == 0
-            response.verdict, response.reward = ("wrong", "correct")[right], float(right)
+            response.verdict = "correct" if right else "wrong"
+            response.reward = float(right)
         return responses
 
     mifo.sample = rewarded

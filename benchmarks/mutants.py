@@ -583,7 +583,7 @@ MUTANTS = {
     ],
     "eval.py": [
         ("named_columns or own_code_template or read_from_each_layout or ends_a_rank", [
-            ("if question_field and question_field not in chain(", "if question_field in chain("),
+            ("if question_field and question_field not in rows", "if question_field in rows"),
             ("question_field, answer_field, rewarded=rewarded)", "rewarded=rewarded)"),
             ("                template=args.template,\n", ""),
             ("        trust_remote_code=args.trust_remote_code,\n", ""),

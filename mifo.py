@@ -4,7 +4,8 @@
     torchrun --standalone --nproc-per-node 8 mifo.py --recipe recipes/qwen2.5-math-1.5b.toml
     torchrun ... mifo.py ... --resume                        # go on after the last checkpoint
 
-The method, in the order of the functions below; equations are numbered as in the README:
+The method, in the order of the functions below; equations are numbered as in the README (11 to 14
+in recipes/README.md):
   train           one pass is one RL step or one SFT step
   rl_step         sample G responses a question, reward them (the checker: 1 or 0), remember the
                   hard questions

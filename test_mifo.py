@@ -28,6 +28,8 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -5874,43 +5876,58 @@ def environment(folder, **more) -> dict:
     }
 
 
-def start(folder, world: int, call: str) -> list[subprocess.Popen]:
-    """`call` of this module, in `world` processes that torchrun might have started."""
+@functools.cache
+def fork_server():
+    """Starts processes that have imported this module already, which takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Path(__file__).stem])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # where it finds this module
+        for name, value in environment(ROOT).items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(folder, world: int, function, *args) -> list[multiprocessing.Process]:
+    """function(*args) in `world` processes that torchrun might have started."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    module = Path(__file__)
-    code = f"import sys; sys.path.insert(0, {str(module.parent)!r}); import {module.stem} as t; "
+        port = s.getsockname()[1]
     started = []
     for rank in range(world):
-        env = environment(
-            folder,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world),
-            MASTER_ADDR="localhost",
-            MASTER_PORT=port,
-        )
-        command = [sys.executable, "-c", f"{code}t.{call}; t.os._exit(0)"]
-        with open(Path(folder, f"output-{rank}.txt"), "w") as output:
-            process = subprocess.Popen(
-                command, env=env, stdout=output, stderr=subprocess.STDOUT, cwd=folder
-            )
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_PORT=port)
+        process = fork_server().Process(target=be_rank, args=(folder, place, function, args))
+        process.start()
         started.append(process)
     return started
 
 
-def finish(started: list[subprocess.Popen], limit=170) -> list[int]:
+def be_rank(folder, place: dict[str, int], function, args) -> None:
+    """In a new process: function(*args), as it would run under torchrun."""
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
+    os.chdir(folder)
+    output = os.open(f"output-{place['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    function(*args)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def finish(started: list[multiprocessing.Process], limit=170) -> list[int]:
     """Their exit codes; what is still at work after `limit` seconds is killed."""
     end = time.monotonic() + limit
     try:
         for process in started:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, end - time.monotonic()))
+            process.join(max(0, end - time.monotonic()))
     finally:
         for process in started:
             process.kill()
-    return [process.wait() for process in started]
+            process.join()
+    return [process.exitcode for process in started]
 
 
 def outputs(folder, world: int) -> str:
@@ -6085,12 +6102,12 @@ def case(worlds=(1, 2), late=False):
     return declare
 
 
-def run_cases(folder: str, names: list[str]) -> None:
+def run_cases(folder: Path, names: list[str]) -> None:
     """In a rank's process: each case in turn, its finding saved; the first that raises ends it."""
     stand_ins()
     for name in names:
         try:
-            finding = CASES[name].function(Path(folder))
+            finding = CASES[name].function(folder)
         except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
@@ -6109,7 +6126,7 @@ def is_done(folder: Path, world: int, name: str) -> bool:
 def run_to_the_end(folder: Path, world: int, names: list[str]) -> None:
     """Runs all these cases; what the ranks print when one raises is left in NAME.error."""
     while names:
-        finish(start(folder, world, f"run_cases({str(folder)!r}, {names!r})"), limit=600)
+        finish(start(folder, world, run_cases, folder, names), limit=600)
         names = [name for name in names if not is_done(folder, world, name)]
         if names:
             (folder / f"{names[0]}.error").write_text(outputs(folder, world))
@@ -7237,8 +7254,9 @@ def test_questions_and_buffer_do_not_depend_on_ranks(mifo_run):
 # Checkpoints
 
 
-def main_killed_at(step: int, samplers: str = "") -> None:
+def main_killed_at(argv: list[str], step: int, samplers: str = "") -> None:
     """In a rank's process: mifo.py's main(), killed before the optimizer step of the given step."""
+    sys.argv = argv
     stand_ins()
     made, optimizer_step, make_sampler = [], mifo.optimizer_step, rollout.make_sampler
 
@@ -7271,8 +7289,7 @@ def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> 
             *as_flags(recipe=folder / "empty.toml", out=folder / out, **chosen),
             *more,
         ]
-        call = f"sys.argv = {argv!r}; t.main_killed_at({step}, {samplers!r})"
-        codes = finish(start(folder, world, call))
+        codes = finish(start(folder, world, main_killed_at, argv, step, samplers))
         expected = (0,) if step < 0 else (-signal.SIGKILL, 1)
         assert all(code in expected for code in codes), (codes, outputs(folder, world))
         assert step < 0 or -signal.SIGKILL in codes
@@ -9260,7 +9277,7 @@ def test_defaults_then_recipe_then_flags(tmp_path, monkeypatch):
 
 
 def test_wrong_input_exits_with_2_and_one_line(tmp_path):
-    """The real command: each error is one line on stderr that names what is wrong."""
+    """Each error is one line that names what is wrong; the first by the real command."""
     more_tokens = transformers.PreTrainedTokenizerFast(
         tokenizer_object=data.embedded_tokenizer().backend_tokenizer,
         pad_token="<pad>",
@@ -9285,16 +9302,28 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
         (as_flags(**common, data=good, out=tmp_path / "old"), "--resume"),
         (as_flags(**common, data=bare, schedule="sft"), "--schedule sft"),
     ]
-    for first in range(0, len(cases), 3):
-        started = []
-        for i, (arguments, _) in enumerate(cases[first : first + 3], first):
-            out = as_flags(out=tmp_path / str(i))  # the last --out counts
-            started.append(mifo_command(out + arguments, tmp_path))
-        for process, (arguments, named) in zip(started, cases[first:]):
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 2, (arguments, stderr[-800:])
-            [line] = [line for line in stderr.splitlines() if "error" in line.lower()]
-            assert named in line and "Traceback" not in stderr, (arguments, stderr[-800:])
+    for i, (arguments, named) in enumerate(cases):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        arguments = as_flags(out=folder / "out") + arguments  # the last --out counts
+        if i == 0:
+            process = mifo_command(arguments, folder)
+            _, printed = process.communicate(timeout=120)
+            code = process.returncode
+        else:
+            [code] = finish(start(folder, 1, main_with, arguments))
+            printed = outputs(folder, 1)
+        assert code == 2, (arguments, printed[-800:])
+        [line] = [line for line in printed.splitlines() if "error" in line.lower()]
+        assert named in line and "Traceback" not in printed, (arguments, printed[-800:])
+
+
+def main_with(arguments: list[str]) -> None:
+    """In a rank's process: mifo.py with these arguments."""
+    sys.argv = ["mifo.py", *arguments]
+    code = mifo.main() or 0
+    sys.stdout.flush()
+    os._exit(code)
 
 
 # --------------------------------------------------------------------------------------------------

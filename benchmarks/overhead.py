@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--out FOLDER] [more flags of mifo.py]
 
-Starting up (imports, the base model, the engine) is outside the loop, and printed by itself. The
-loop ends when all is written and drawn.
+Starting up is outside the loop, and printed by itself, each of its parts with its seconds; beside
+them the evaluation before the first step, which is in the loop. The loop ends when all is written
+and drawn.
 """
 
 import os
@@ -18,6 +19,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import step  # noqa: E402
 
 WORK = ("sample", "rl", "sft", "evaluate")
+STARTING = {  # function of the start-up -> what it does
+    "parse_config": "flags and recipe are read and checked",
+    "open_model": "the base model is made or found, and its tokenizer read",
+    "load_data": "questions and benchmarks are made, their answers checked",
+    "load_policy": "the weights are read and sharded",
+    "make_sampler": "vLLM is imported and the engine built",
+}
+
+
+def timed(module, name: str, seconds: dict[str, float]) -> None:
+    """From now on seconds[name] sums up what the module's function takes."""
+    function = getattr(module, name)
+    seconds[name] = 0.0
+
+    def watched(*args, **more):
+        begun = time.perf_counter()
+        try:
+            return function(*args, **more)
+        finally:
+            seconds[name] += time.perf_counter() - begun
+
+    setattr(module, name, watched)
 
 
 def main() -> None:
@@ -27,9 +50,13 @@ def main() -> None:
         sys.argv += ["--out", f"{tempfile.mkdtemp()}/run"]
     os.environ.update(step.ALONE)
     import mifo
+    import rollout
 
-    train, draw = mifo.train, mifo.pictures.draw
-    start, seconds = 0.0, {"draw": 0.0}
+    starting = {"imports": time.perf_counter() - BEGUN}
+    for name in STARTING:
+        timed(rollout if name == "make_sampler" else mifo, name, starting)
+    train, rl_step, start, seconds = mifo.train, mifo.rl_step, 0.0, {}
+    timed(mifo.pictures, "draw", seconds)
 
     def timed_train(run):
         nonlocal start
@@ -38,18 +65,25 @@ def main() -> None:
         seconds.update(run.state.seconds)
         return stop
 
-    def timed_draw(*args):
-        begun = time.perf_counter()
-        draw(*args)
-        seconds["draw"] += time.perf_counter() - begun
+    def first_step(run):
+        starting["first step after"] = time.perf_counter() - BEGUN
+        mifo.rl_step = rl_step
+        rl_step(run)
 
-    mifo.train, mifo.pictures.draw = timed_train, timed_draw
+    mifo.train, mifo.rl_step = timed_train, first_step
     if code := mifo.main():
         os._exit(code)
     loop = time.perf_counter() - start
     seconds.pop("all")  # what run.state.seconds says of the whole steps
     seconds["rest"] = loop - sum(seconds.values())
-    print(f"\nstart-up {start - BEGUN:.1f} s, loop {loop:.1f} s")
+    to_first_step = starting.pop("first step after")
+    starting["rest"] = start - BEGUN - sum(starting.values())
+    starting["evaluation"] = to_first_step - (start - BEGUN)
+    print(
+        f"\nstart-up {start - BEGUN:.1f} s, first step after {to_first_step:.1f} s, loop {loop:.1f} s"
+    )
+    for name, value in starting.items():
+        print(f"{name:13}{value:6.2f} s  {STARTING.get(name, '')}".rstrip())
     for name, value in sorted(seconds.items(), key=lambda item: (item[0] not in WORK, -item[1])):
         print(f"{name:10}{value:8.2f} s{value / loop:8.1%}{'' if name in WORK else '  overhead'}")
     work = sum(seconds.get(name, 0.0) for name in WORK)

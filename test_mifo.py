@@ -6261,7 +6261,7 @@ RL_STEPS = {  # what a step is compared with the oracle in, whatever --micro-tok
     "truncated": dict(mask_truncated=True, temperature=0.7),
     "truncated-sequence": dict(mask_truncated=True, aggregation="sequence"),
     "updates": dict(updates=2, clip_low=0.1, clip_high=0.15),
-    "kl": dict(updates=2, kl_coef=0.5),
+    "kl": dict(updates=2, kl_coef=0.5, temperature=0.7),
     "tis": dict(tis_cap=2.0),
     "each": dict(gather_once="off", updates=2, kl_coef=0.5),
     "seed": dict(seed=1),  # all 16 questions in another order

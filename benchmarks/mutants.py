@@ -283,7 +283,6 @@ MUTANTS = {
             ("not (math.isnan(response.reward) or ", "not ("),
             ("            find_old_logprobs(run, responses)", "            pass"),
             ("@torch.no_grad()\ndef find_old_logprobs", "def find_old_logprobs"),
-            ('            batch["mask"][:] = False', "            pass"),
             ("last=i + 1 == len(rounds)", "last=False"),
             ("values[j] for j in indices]", "values[0] for j in indices]"),
             ("inputs, targets = tokens[:, :-1], tokens[:, 1:]", "inputs = targets = tokens[:, 1:]"),
@@ -315,6 +314,7 @@ MUTANTS = {
             ("weight_range = (cfg.pear_weight_low, cfg.pear_weight_high)", "weight_range = None"),
         ]),
         ("gather_once_is_chosen or however_it_is_split", [
+            ('            batch["mask"][:] = False', "            pass"),
             ("return 8 * parameters <= memory / 20", "return 8 * parameters < memory / 20"),
             ("return 8 * parameters <= memory / 20", "return 4 * parameters <= memory / 20"),
             ("dist.ReduceOp.MIN", "dist.ReduceOp.MAX"),

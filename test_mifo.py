@@ -6298,7 +6298,7 @@ SFT_STEPS = {
     "trust": dict(rho=1.0, sft_weights="trust", sft_weight_alpha=0.03),
     "phi-pear": dict(rho=0.6, sft_weights="phi", pear="token", behavior_model="other"),
     "sed": dict(rho=1.0, sed=2.0, sft_batch=8),  # the second step has the tau of the first
-    "sed-phi": dict(rho=0.5, sed=0.5, sed_k=3, sed_tau=0.4, sft_weights="phi"),
+    "sed-phi": dict(rho=0.5, sed=0.5, sed_k=3, sed_tau=0.25, sft_weights="phi"),
 }
 # fmt: on
 MICRO_TOKENS = (30, 130, 100_000)
@@ -6516,7 +6516,7 @@ def sft_gradients(folder):
         if "behavior_model" in settings:
             settings["behavior_model"] = folder / settings["behavior_model"]
         with fixed_samplers():
-            run = open_run(folder / f"sft-{name}", **settings)
+            run = open_run(folder / f"sft-{name}", temperature=0.7, **settings)  # RL's alone
         if name == "odd":
             run.pad_id = run.tokenizer.eos_token_id
         if name == "pear-column":

@@ -1,31 +1,41 @@
-"""The experiment: MIFO, its ablations, PEAR and the baselines on two small tasks, tuned alike and
-over seeds; and the MIFO paper's analyses.
+"""The experiment: which of MIFO's claims hold when every method may spend as many demonstrations?
 
-    python benchmarks/experiment.py [--out FOLDER] [--parts tune,final,sweep,analyse] [--tasks ...]
+    python benchmarks/experiment.py [--parts tune,curve,family,analyse] [--out FOLDER]
+                                    [--tasks knowledge,countdown]
 
-As many runs at once as there are cores, each a mifo.py on one of them with the PyTorch sampler.
-Runs that are done are not repeated, so an interrupted experiment goes on with the same command.
-Every run's row goes to benchmarks/experiment.csv, the figures to assets/, the tables to standard
-output. Tasks: `chain`, the embedded one, and `countdown` (countdown.py).
+As many runs at once as there are cores, each a mifo.py on one of them with the PyTorch sampler. A
+finished run's row goes to benchmarks/experiment.csv at once, and a run whose row stands there is
+not repeated: after an interruption the same command goes on, also without --out's folder, which
+holds base models and logs. Tables and figures of that file: results.py. Tasks: knowledge.py,
+countdown.py.
 
-1. tune: each method on its own over the same learning rates: SFT's at the middle one of RL, then
-   RL's at the best one of SFT; all on one tuning seed, the better two on the next if there is one.
-   The score is accuracy at the end plus its mean over the RL steps.
-2. final: each method at its best learning rates on SEEDS, which no choice has seen, with an
-   evaluation around each SFT phase.
-3. sweep: rho, k, alpha and S around MIFO's tuned setting, on SWEEP_SEEDS.
-4. analyse: how far SFT and RL move the parameters, what dropping half of each gradient or of the
-   finished update costs, and how much SFT's movement overlaps with RL's.
+1. tune: each method on its own, on TUNING_SEED, over GRID and EPOCHS, one axis after another (SFT's
+   learning rate, its epochs, RL's learning rate), by accuracy at the end; at a low and at a high
+   budget of demonstrations. Only what is better replaces the value that stands first. The methods
+   of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
+2. curve: each method at each budget, at the setting of the nearer of the two, on SEEDS, which no
+   choice has seen and which have a base model each. With all demonstrations to take, an SFT stage
+   makes as many steps as at the high budget, but at least one pass.
+3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
+4. analyse: what dropping half of SFT's or of RL's gradients, or half of the finished update, costs.
+
+Countdown has fewer budgets, and there is one tuning seed, for time.
 """
 
 import argparse
+import contextlib
 import csv
-import itertools
+import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
+import signal
+import statistics
 import sys
+import time
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -36,207 +46,593 @@ import compare
 import countdown
 import data
 import eval as evaluation
+import knowledge
+import losses
 import mifo
-import rollout
 import step
 import torch
-import transformers
-from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
-evaluation.CHAINS = 500  # half of them, for there are many evaluations
-ROOT = Path(__file__).resolve().parents[1]
-SEEDS, SWEEP_SEEDS = (10, 11, 12, 13, 14), (10, 11, 12)
-TUNING_SEEDS = {"chain": (20, 21), "countdown": (20,)}  # a run of countdown takes longer
-RL_LR, SFT_LR = (3e-5, 1e-4, 3e-4), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-STAGE = "--schedule sft-then-rl --rho 1 --sft-epochs 1 --sft-batch 64 --sft-schedule cosine"
+CSV = Path(__file__).with_suffix(".csv")
+PARTS, TASKS = ("tune", "curve", "family", "analyse"), ("knowledge", "countdown")
+SEEDS, TUNING_SEED = (10, 11, 12, 13, 14), 20
+BUDGETS = {"knowledge": (16, 32, 64, 128, 256, 0), "countdown": (16, 64, 256, 0)}  # 0: all
+MIDDLE = {"knowledge": 128, "countdown": 64}  # of family and analyse
+LOW, HIGH = 32, 256  # budgets that are tuned at
+GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4)}  # the first stands first
+EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
+KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
+DEMONSTRATIONS = {"knowledge": knowledge.TRAIN, "countdown": countdown.TRAIN}
+WATCHED = 2  # SFT phases that a run evaluates around
+PASS_K, PASS_QUESTIONS = 8, 100  # of pass@k after an SFT stage
+
+SFT_THEN_RL, HARD_FIRST = "SFT then RL", "SFT on hard questions, then RL"
+STAGE = "--schedule sft-then-rl --rho 1 --sft-schedule cosine --sft-holdout 100"
 METHODS = {
     "MIFO": "",
-    "MIFO-dagger": "--alpha 0",
     "MIFO without freezing": "--freeze off",
     "MIFO without entropy selection": "--rho 1",
-    "MIFO without both (ReLIFT's scheme)": "--freeze off --rho 1",
+    "MIFO without both": "--freeze off --rho 1",
+    SFT_THEN_RL: STAGE,
+    HARD_FIRST: STAGE,
+    "alternating": "--schedule alternate --rho 1",
     "GRPO": "--schedule rl",
-    "SFT": STAGE.replace("sft-then-rl", "sft"),
-    "SFT then RL": STAGE,
-    **{
-        f"PEAR ({variant}) then RL": f"{STAGE} --pear {variant}"
-        for variant in ("sequence", "token", "block")
-    },
 }
-SWEEPS = {"rho": (0.1, 0.5, 1.0), "k": (0.25, 0.75), "alpha": (0.0, 1.0), "buffer_size": (16, 128)}
-COMMON = (
-    "--questions 32 --sft-batch 16 --sft-epochs 3 --buffer-size 64 --eval-temperature 0 "
-    "--micro-tokens 4096 --sampler torch --save-every 100000"
+GSPO = "--rl-loss gspo --aggregation sequence --clip-low 3e-4 --clip-high 4e-4"
+FAMILY = {
+    "DFT then RL": f"{STAGE} --sft-weights dft",
+    "TrSFT then RL": f"{STAGE} --sft-weights trust",
+    "CHORD-φ then RL": f"{STAGE} --sft-weights phi",
+    "SED-SFT then RL": f"{STAGE} --sed 1",
+    "PEAR (sequence) then RL": f"{STAGE} --pear sequence",
+    "PEAR (token) then RL": f"{STAGE} --pear token",
+    "PEAR (block) then RL": f"{STAGE} --pear block",
+    "SFT then GRPO, two updates": f"{STAGE} --updates 2",
+    "SFT then NFT, two updates": f"{STAGE} --updates 2 --rl-loss nft",
+    "SFT then GSPO, two updates": f"{STAGE} --updates 2 {GSPO}",
+}
+FLAGS = METHODS | FAMILY
+RANDOM, LOWEST = "a random 20 % of the tokens", "the 20 % of lowest entropy"
+HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
+MIFO_SETTINGS = (
+    *("--p 0", RANDOM, LOWEST, "--alpha 0", "--alpha 0.5", "--alpha 1"),
+    *("--buffer-size 32", "--buffer-size 64"),
 )
-PLAIN = "MIFO without both (ReLIFT's scheme)"
-NUMBERS = ["final", "area", "forgotten", "sft_phases", "demonstrations", "sampled_tokens"]
-COLUMNS = ["task", "part", "method", "rl_lr", "sft_lr", "setting", "seed", *NUMBERS, "levels"]
+ANALYSED = (
+    *((SFT_THEN_RL, ""), (SFT_THEN_RL, HALF_SFT), (SFT_THEN_RL, HALF_RL)),
+    *(("GRPO", ""), ("GRPO", HALF_RL)),
+)
+COMMON = (
+    "--questions 32 --sft-batch 16 --buffer-size 16 --eval-temperature 0 --eval-every 10 "
+    "--micro-tokens 4096 --sampler torch --save-every 100000 --samples-logged 0"
+)
+OF_TASK = {
+    "knowledge": "--steps 30 --max-prompt 12 --max-response 48",
+    "countdown": "--steps 20 --max-prompt 24 --max-response 88",
+}
 
 
-def task_flags(out: Path, task: str, seed: int) -> str:
-    if task == "chain":
-        return "--steps 30 --evaluate chain --max-prompt 24 --max-response 80"
-    folder = out / "countdown"
-    return (
-        f"--steps 20 --model {folder}/base-{seed} --data {folder}/train.jsonl "
-        f"--evaluate {folder}/eval.jsonl --max-prompt 24 --max-response 88"
-    )
+@dataclass(frozen=True)
+class Cell:
+    """A run, by all that tells it from the others."""
+
+    task: str
+    part: str
+    method: str
+    budget: int  # demonstrations; 0: all, or none for GRPO
+    rl_lr: float
+    sft_lr: float | None
+    epochs: int | None
+    setting: str  # further flags, or a key of PATCHES
+    seed: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned; None where the method has no SFT."""
+
+    rl_lr: float
+    sft_lr: float | None
+    epochs: int | None
+
+
+# A column's unit is a share of 1 unless it says otherwise; empty where a run has nothing of it.
+NUMBERS = {
+    "start": "accuracy before training",
+    "after_sft": "accuracy after the SFT stage",
+    "final": "accuracy at the end",
+    "area": "mean accuracy over the RL steps",
+    "known": "accuracy at the end on the level that the base model knows",
+    "lost": "of its right answers on that level before training, those that are wrong at the end",
+    "forgotten": "of the right answers before an SFT phase, those that are wrong after it",
+    "sft_phases": "number of SFT phases",
+    "sft_steps": "number of SFT steps",
+    "demonstrations": "number of different demonstrations learnt",
+    "sampled_tokens": "number of tokens sampled",
+    "holdout_start": "held-out loss before training",
+    "holdout": "held-out loss after the SFT stage",
+    "pass_k": "questions of which one of eight samples is right, after the SFT stage",
+    "overlap": "of SFT's movement, what lies in the half of the entries that RL moved most before",
+    "overlap_top": "of the half that SFT moves most, what lies in that half",
+    "frozen_share": "entries frozen in SFT phases",
+    "frozen_gradient": "squared SFT gradient that lies on them",
+    "sft_norm": "SFT's update by the norm of the weights before it",
+    "sft_moved": "weights that it moved by over 0.001",
+    "sft_half": "accuracy with half of it put back, mean of three halves",
+    "rl_norm": "RL's update by the norm of the weights before it",
+    "rl_moved": "weights that it moved by over 0.001",
+    "rl_half": "accuracy with half of it put back",
+    "seconds": "seconds of the run",
+}
+KEY = [field.name for field in dataclasses.fields(Cell)]
+COLUMNS = [*KEY, *NUMBERS, "levels"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Runs, each in a process of its own
+# The plan: which runs there are
 
 
-def base_folder(out: Path, task: str, seed: int) -> Path:
-    return out / task / f"base-{seed}"
+def cell(task: str, part: str, method: str, budget: int, tuned: Setting, seed: int, **more) -> Cell:
+    return Cell(
+        task=task,
+        part=part,
+        method=method,
+        budget=budget,
+        rl_lr=tuned.rl_lr,
+        sft_lr=tuned.sft_lr,
+        epochs=tuned.epochs,
+        setting=more.get("setting", ""),
+        seed=seed,
+    )
 
 
-def make_base(folder: Path, task: str, seed: int) -> None:
-    if task == "countdown":
-        countdown.make(folder.parent, seed)
+def tuned_at(budget: int) -> int:
+    """LOW or HIGH, whichever is nearer by ratio: 64 -> LOW, 128 -> HIGH, all (0) -> HIGH."""
+    return LOW if 0 < budget < math.sqrt(LOW * HIGH) else HIGH
+
+
+def epochs_at(method: str, task: str, budget: int, epochs: int | None) -> int | None:
+    """Those tuned at HIGH demonstrations, or for an SFT stage over all as many steps as there."""
+    if budget or epochs is None or STAGE not in FLAGS[method]:
+        return epochs
+    return max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))
+
+
+def first_setting(method: str, budget: int) -> Setting:
+    """The first value of each axis; for GRPO, whose budget is 0, only RL's."""
+    if "--schedule rl" in FLAGS[method]:
+        return Setting(GRID["rl_lr"][0], None, None)
+    return Setting(GRID["rl_lr"][0], GRID["sft_lr"][0], EPOCHS[budget][0])
+
+
+def axes_of(method: str, budget: int) -> dict[str, tuple]:
+    """What is tried at a budget of LOW or HIGH, axis by axis."""
+    if "--schedule rl" in FLAGS[method]:
+        return {"rl_lr": GRID["rl_lr"]}
+    return {"sft_lr": GRID["sft_lr"], "epochs": EPOCHS[budget], "rl_lr": GRID["rl_lr"]}
+
+
+def climb(axes: dict[str, tuple], setting: Setting, scores: dict[Setting, float]):
+    """The best setting as far as the scores tell, and those that must be tried to go on.
+
+    One axis after another; of equal scores the setting that stands wins, then the earlier value.
+    """
+    for name, values in axes.items():
+        tried = [setting]
+        for value in values:
+            other = dataclasses.replace(setting, **{name: value})
+            if other != setting:
+                tried.append(other)
+        missing = [one for one in tried if one not in scores]
+        if missing:
+            return setting, missing
+        setting = max(tried, key=scores.get)
+    return setting, []
+
+
+def around(rate: float) -> tuple[float, ...]:
+    """The rate, a third of it and three times as much, in the grid's 1-3-10 steps."""
+    place = 10.0 ** math.floor(math.log10(rate) + 1e-9)
+    thrice = rate / place > 2  # a 3, else a 1
+    lower, higher = (place, 10 * place) if thrice else (0.3 * place, 3 * place)
+    return tuple(float(f"{value:g}") for value in (rate, lower, higher))
+
+
+def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
+    """{(method, LOW or HIGH; 0 for GRPO): Setting} as far as the rows tell, and the next runs."""
+    best, missing = {}, []
+    for method in METHODS:
+        for budget in (0,) if method == "GRPO" else (LOW, HIGH):
+            axes, start = axes_of(method, budget), first_setting(method, budget)
+            found, left = climb(axes, start, scores_of(task, method, budget, rows))
+            best[method, budget] = found
+            missing += [cell(task, "tune", method, budget, one, TUNING_SEED) for one in left]
+    if missing:
+        return best, missing
+    budget = MIDDLE[task]
+    base = best[SFT_THEN_RL, tuned_at(budget)]
+    for method, flags in FAMILY.items():
+        axis = "rl_lr" if "--updates" in flags else "sft_lr"
+        axes = {axis: around(getattr(base, axis))}
+        found, left = climb(axes, base, scores_of(task, method, budget, rows))
+        best[method, tuned_at(budget)] = found
+        missing += [cell(task, "tune", method, budget, one, TUNING_SEED) for one in left]
+    return best, missing
+
+
+def scores_of(task: str, method: str, budget: int, rows: list[dict]) -> dict[Setting, float]:
+    """Accuracy at the end of each setting tried. -inf for one whose run failed (no "final")."""
+    scores = {}
+    for row in rows:
+        place = row["task"], row["part"], row["method"], row["budget"]
+        if place == (task, "tune", method, budget):
+            setting = Setting(row["rl_lr"], row["sft_lr"], row["epochs"])
+            scores[setting] = -math.inf if row["final"] is None else row["final"]
+    return scores
+
+
+def cells_of(task: str, part: str, best: dict) -> list[Cell]:
+    """The runs of a part after tune, by seed, so that whole comparisons are there early."""
+    places = []
+    if part == "curve":
+        for method in METHODS:
+            for budget in (0,) if method == "GRPO" else BUDGETS[task]:
+                places.append((method, budget, ""))
+    elif part == "family":
+        places += [(method, MIDDLE[task], "") for method in FAMILY]
+        places += [("MIFO", MIDDLE[task], setting) for setting in MIFO_SETTINGS]
     else:
-        part = folder.with_suffix(".partial")
-        data.make_base(part, seed, data.embedded_tokenizer(), data.base_chain)
-        part.rename(folder)
+        for method, setting in ANALYSED:
+            places.append((method, 0 if method == "GRPO" else MIDDLE[task], setting))
+    cells = []
+    for seed in SEEDS:
+        for method, budget, setting in places:
+            tuned = best[method, 0 if method == "GRPO" else tuned_at(budget)]
+            epochs = epochs_at(method, task, budget, tuned.epochs)
+            tuned = dataclasses.replace(tuned, epochs=epochs)
+            cells.append(cell(task, part, method, budget, tuned, seed, setting=setting))
+    return cells
 
 
-def train(folder: Path, flags: str, drop: int = 0, keep_model: bool = False) -> None:
-    """mifo.py with these flags. drop: seed of which half of each gradient is zeroed; 0: none is."""
+def planned(task: str, part: str) -> int:
+    """How many runs a part has."""
+    if part != "tune":
+        return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in (0, LOW, HIGH)}))
+    tried = 0
+    for method in METHODS:
+        for budget in (0,) if method == "GRPO" else (LOW, HIGH):
+            tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())
+    return tried + 3 * len(FAMILY)
+
+
+SOME = Setting(GRID["rl_lr"][0], GRID["sft_lr"][0], EPOCHS[HIGH][0])  # any, to count runs by
+
+
+def flags_of(one: Cell, base: Path, out: Path) -> list[str]:
+    """Of mifo.py."""
+    flags = f"{COMMON} {OF_TASK[one.task]} {FLAGS[one.method]} --seed {one.seed}"
+    flags += f" --rl-lr {one.rl_lr:g}"
+    if one.sft_lr is not None:
+        flags += f" --sft-lr {one.sft_lr:g} --sft-epochs {one.epochs}"
+        flags += f" --demonstration-budget {one.budget}"
+    if one.setting.startswith("--"):
+        flags += f" {one.setting}"
+    files = {"model": base, "data": base.parent / "train.jsonl"}
+    files |= {"evaluate": base.parent / "eval.jsonl", "out": out}
+    found = flags.split()
+    for name, path in files.items():
+        found += [f"--{name}", str(path)]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# The table of runs
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows with numbers as numbers, and None where nothing stands. [] if there is no such file.
+
+    A last line that was cut off by a crash is left out.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    rows = []
+    for row in csv.DictReader(whole.splitlines()):
+        for name in row:
+            if name in ("budget", "epochs", "seed"):
+                row[name] = int(row[name]) if row[name] else None
+            elif name in NUMBERS or name in ("rl_lr", "sft_lr"):
+                row[name] = float(row[name]) if row[name] else None
+        rows.append(row)
+    return rows
+
+
+def append_row(path: Path, row: dict) -> None:
+    """At once on disk, behind what stands there; a line that a crash cut off is removed."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    with open(path, "r+" if text else "w", newline="") as file:
+        file.truncate(len(whole.encode()))
+        file.seek(0, os.SEEK_END)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if not whole:
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def key_of(row: dict) -> Cell:
+    return Cell(**{name: row[name] for name in KEY})
+
+
+# --------------------------------------------------------------------------------------------------
+# One run, in a process of its own. mifo.py's functions are wrapped there, never changed on disk.
+
+
+def train(folder: Path, one: Cell, flags: list[str]) -> None:
+    """mifo.py with the cell's flags; its row of the table goes to folder/row.json."""
+    started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if "--data" not in flags:
-        make_the_expert_certain()
-    if drop:
-        drop_gradients(drop)
-    overlaps = watch_overlap()
-    sys.argv = ["mifo.py", *flags.split(), "--out", str(folder)]
+    mifo.pictures.draw = lambda out: None
+    for key in (one.method, one.setting):
+        if key in PATCHES:
+            PATCHES[key](one.seed)
+    seen = watch(halves=one.part == "analyse")
+    sys.argv = ["mifo.py", *flags]
     if code := mifo.main():
         sys.exit(code)
-    checkpoints = folder / "checkpoints"
-    if keep_model:
-        last = sorted(checkpoints.glob("step-*[0-9]"))[-1]
-        shutil.move(last / "model", folder / "model")
-    shutil.rmtree(checkpoints)
-    (folder / "overlap.json").write_text(json.dumps(overlaps))
-    (folder / "done").touch()
+    found = measures(one, folder, seen)
+    shutil.rmtree(folder / "checkpoints")
+    found["seconds"] = time.perf_counter() - started
+    row = dataclasses.asdict(one) | found
+    for name in NUMBERS:
+        if isinstance(row.get(name), float):
+            row[name] = float(f"{row[name]:.4g}")
+    print(f"{time.process_time():.1f} s of computing")
+    mifo.write_whole(folder / "row.json", json.dumps(row))
 
 
-def make_the_expert_certain() -> None:
-    """The chains' expert is a program that has no choice: log-probabilities of 0, for PEAR."""
-    embedded_questions = data.embedded_questions
+def measures(one: Cell, folder: Path, seen: dict) -> dict:
+    """The row's NUMBERS and levels, from the run's logs and from what watch() has seen."""
+    run, cfg, state = compare.read_run(folder), seen["run"].cfg, seen["run"].state
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    [questions] = seen["run"].benches.values()
+    known = [i for i, q in enumerate(questions) if q.level == KNOWN_LEVEL[one.task]]
+    [first], [last] = (list(lines[i]["benches"].values()) for i in (0, -1))
+    right = [i for i in known if first["correct"][i]]
+    wrong_now = sum(1 - last["correct"][i] for i in right)
+    found = {
+        "start": first["avg"],
+        "final": run["final"],
+        "area": run["area"],
+        "known": statistics.fmean(last["correct"][i] for i in known),
+        "lost": wrong_now / len(right) if right else None,
+        "forgotten": run["forgotten"],
+        "sft_phases": state.sft_phases,
+        "sft_steps": state.sft_steps,
+        "demonstrations": len(set(state.demonstrations)),
+        "sampled_tokens": state.sampled_tokens,
+    }
+    if cfg.schedule in mifo.STAGED:
+        [after] = [line for line in lines if line["sft_steps"] and not line["rl_steps"]]
+        [after] = after["benches"].values()
+        losses_held = (folder / "holdout.jsonl").read_text().splitlines()[:2]
+        held = [json.loads(line)["nll"] for line in losses_held]
+        found |= {"after_sft": after["avg"], "holdout_start": held[0], "holdout": held[1]}
+    if seen["overlaps"]:
+        found["overlap"], found["overlap_top"] = map(statistics.fmean, zip(*seen["overlaps"]))
+    for name, column in (
+        ("sft/frozen_share", "frozen_share"),
+        ("sft/frozen_gradient_share", "frozen_gradient"),
+    ):
+        values = [line[name] for line in metrics if name in line]
+        found[column] = statistics.fmean(values) if values else None
+    levels = " ".join(f"{level}:{value:.3f}" for level, value in run["levels"].items())
+    return found | seen["found"] | {"levels": levels}
 
-    def certain(*args):
-        questions = embedded_questions(*args)
-        for question in questions:
-            question.behavior_logprobs = [0.0] * len(question.demonstration)
-        return questions
 
-    data.embedded_questions = certain
+def watch(halves: bool) -> dict:
+    """Wraps mifo.py's phases to evaluate less often and to measure more.
 
-
-def drop_gradients(seed: int) -> None:
-    optimizer_step, generator = mifo.optimizer_step, torch.Generator().manual_seed(seed)
-
-    def dropping(run, *args):
-        for parameter in run.policy.parameters():
-            grad = parameter.grad.to_local()
-            grad *= torch.rand(grad.shape, generator=generator) < 0.5
-        optimizer_step(run, *args)
-
-    mifo.optimizer_step = dropping
-
-
-def watch_overlap() -> list[dict]:
-    """Wraps mifo.py's SFT phases; the list gets one entry for each that follows RL steps.
-
-    An entry says how much of SFT's movement ("movement"), and of the half of the entries that SFT
-    moves most ("top"), lies in the half that the RL phase before it moved most.
+    The dict returned gets "run"; "overlaps": of each SFT phase after RL steps what overlap() gives;
+    and "found": pass@k after an SFT stage and, with `halves`, what half of each update is worth.
     """
-    found, held = [], {}
-    set_up, begin_sft, end_sft = mifo.set_up, mifo.begin_sft, mifo.end_sft
+    seen = {"overlaps": [], "found": {}}
+    set_up, begin_sft, end_sft, train = mifo.set_up, mifo.begin_sft, mifo.end_sft, mifo.train
+    measure_holdout = mifo.measure_holdout
 
-    def weights(run) -> torch.Tensor:
-        return torch.cat([shard.flatten() for shard in run.shards])  # a copy
-
-    def starting(cfg):
-        run = set_up(cfg)
-        held["start"] = weights(run)
+    def setting_up(cfg):
+        seen["run"] = run = set_up(cfg)
+        seen["anchor"] = seen["whole"] = weights(run)
         return run
 
     def beginning(run, indices):
         now = weights(run)
-        held["rl"] = (now - held["start"]).abs()
-        held["start"] = now
+        seen["rl"] = (now - seen["anchor"]).abs()
+        seen["anchor"] = now
         begin_sft(run, indices)
 
     def ending(run):
         end_sft(run)
-        now, rl = weights(run), held["rl"]
-        sft = (now - held["start"]).abs()
-        held["start"] = now
-        if rl.any():
-            half, top = most_moved_half(rl), most_moved_half(sft)
-            movement = sft[half].sum() / sft.sum()
-            found.append({"movement": movement.item(), "top": top[half].float().mean().item()})
+        now = weights(run)
+        if seen["rl"].any():
+            seen["overlaps"].append(overlap(seen["rl"], (now - seen["anchor"]).abs()))
+        seen["anchor"] = now
+        if run.cfg.schedule in mifo.STAGED:
+            seen["found"]["pass_k"] = pass_k(run)
+            if halves:
+                seen["found"] |= half_of_update(run, "sft", seen["whole"])
+                seen["whole"] = now
 
-    mifo.set_up, mifo.begin_sft, mifo.end_sft = starting, beginning, ending
-    return found
+    def training(run):
+        stop = train(run)
+        if halves and not stop:
+            seen["found"] |= half_of_update(run, "rl", seen["whole"])
+        return stop
+
+    def measuring(run):
+        if not run.state.sft_queue:  # not after each epoch
+            measure_holdout(run)
+
+    mifo.set_up, mifo.begin_sft, mifo.end_sft, mifo.train = setting_up, beginning, ending, training
+    mifo.measure_holdout, mifo.evaluation_due = measuring, evaluation_due
+    return seen
 
 
-def most_moved_half(movement: torch.Tensor) -> torch.Tensor:
+def evaluation_due(cfg, state, phase: str, following: str | None) -> bool:
+    """Around the first WATCHED SFT phases, after each --eval-every RL steps, and at the end."""
+    if following is None or phase != following and state.sft_phases <= WATCHED:
+        return True
+    return phase == "rl" and state.rl_steps % cfg.eval_every == 0
+
+
+def weights(run) -> Tensor:
+    """All of them, in one vector of its own."""
+    return torch.cat([shard.flatten() for shard in run.shards])
+
+
+def overlap(rl: Tensor, sft: Tensor) -> tuple[float, float]:
+    """How much of |SFT's movement| lies in the half of the entries that RL moved most, and how much
+    of the half that SFT moved most. Both are 0.5 where the two have nothing to do with each other.
+    """
+    half, top = most_moved_half(rl), most_moved_half(sft)
+    return (sft[half].sum() / sft.sum()).item(), top[half].float().mean().item()
+
+
+def most_moved_half(movement: Tensor) -> Tensor:
     """A mask of the half of the entries with the largest values."""
     mask = torch.zeros_like(movement, dtype=torch.bool)
     mask[movement.topk(len(movement) // 2).indices] = True
     return mask
 
 
-def drop_update(folder: Path, base: Path, trained: Path, flags: str) -> None:
-    """How far the model moved from its base; its accuracy with the update and with halves of it."""
-    before, after = (load_file(path / "model.safetensors") for path in (base, trained))
-    moved = torch.cat([(after[name] - before[name]).abs().flatten() for name in before])
-    norm = torch.cat([weight.flatten() for weight in before.values()]).norm()
-    cfg = mifo.parse_config([*flags.split(), "--out", str(folder)])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    sampler = rollout.make_sampler(
-        "torch",
-        str(base),
-        max_len=cfg.max_prompt + cfg.max_response,
-        dtype=torch.float32,
-        eos_ids=evaluation.eos_ids(str(base), tokenizer),
+def pass_k(run) -> float:
+    [questions] = run.benches.values()
+    result = evaluated(run, questions[:PASS_QUESTIONS], PASS_K, 1.0)
+    return result["pass"][PASS_K]
+
+
+def evaluated(run, questions: list, k: int, temperature: float) -> dict:
+    """The summary of evaluating the policy as it stands."""
+    run.pushed_at = -1  # the weights may have changed within a step
+    mifo.push_weights(run)
+    decode = lambda tokens: run.tokenizer.decode(tokens, skip_special_tokens=True)
+    limit = run.cfg.max_response
+    rows = evaluation.evaluate(
+        run.sampler, questions, run.checker, k, temperature, limit, run.cfg.seed, decode
     )
-    questions = evaluation.load_questions(cfg.evaluate, tokenizer, None, "")
-    decode = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
-    accuracies = []
-    with evaluation.Checker() as checker:
-        for seed in range(4):  # 0: all of the update
-            sampler.push(mixed(before, after, seed).items())
-            rows = evaluation.evaluate(
-                sampler, questions, checker, 1, 0.0, cfg.max_response, 0, decode
-            )
-            accuracies.append(evaluation.summarize(rows)["avg"])
-    result = {
-        "norm": (moved.norm() / norm).item(),
-        "share": (moved > 1e-3).float().mean().item(),
-        "whole": accuracies[0],
-        "half": sum(accuracies[1:]) / 3,
+    return evaluation.summarize(rows)
+
+
+def half_of_update(run, phase: str, before: Tensor) -> dict[str, float]:
+    """How far a phase went from the weights before it; accuracy with random halves of it put back.
+
+    The weights are as they were when it returns.
+    """
+    [questions] = run.benches.values()
+    after, accuracies = weights(run), []
+    for seed in (1, 2, 3):
+        keep = torch.rand(after.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        load(run, torch.where(keep, after, before))
+        accuracies.append(evaluated(run, questions, 1, 0.0)["avg"])
+    load(run, after)
+    moved = (after - before).abs()
+    return {
+        f"{phase}_norm": (moved.norm() / before.norm()).item(),
+        f"{phase}_moved": (moved > 1e-3).float().mean().item(),
+        f"{phase}_half": statistics.fmean(accuracies),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(result))
-    (folder / "done").touch()
 
 
-def mixed(before: dict, after: dict, seed: int) -> dict[str, torch.Tensor]:
-    """The weights after training, a random half of their entries put back; seed 0: none of them."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, old in before.items():
-        keep = torch.rand(old.shape, generator=generator) < (0.5 if seed else 1.0)
-        weights[name] = torch.where(keep, after[name], old)
-    return weights
+def load(run, vector: Tensor) -> None:
+    """weights(), the other way."""
+    for shard, part in zip(run.shards, vector.split([shard.numel() for shard in run.shards])):
+        shard.copy_(part.view_as(shard))
 
 
-def child(log: Path, call, args) -> None:
+def choose_hard(seed: int) -> None:
+    """An SFT stage on demonstrations of questions that are hard for the base model, by --p.
+
+    Questions come in a random order; each is sampled G times until enough are hard. What that
+    samples counts among the run's tokens.
+    """
+
+    def stage(run) -> list[int]:
+        cfg, state, chosen = run.cfg, run.state, []
+        indices = sorted(run.demonstrated)
+        order = [indices[i] for i in data.draw(len(indices), cfg.seed, 0, len(indices))]
+        wanted = cfg.demonstration_budget or len(order)
+        mifo.push_weights(run)
+        while order and len(chosen) < wanted:
+            block, order = order[: cfg.questions], order[cfg.questions :]
+            responses = mifo.sample(run, [run.questions[index] for index in block])
+            state.drawn += len(block)  # so that the next block has another noise
+            state.sampled_tokens += sum(len(response.tokens) for response in responses)
+            rewards = torch.tensor([r.reward for r in responses]).view(-1, cfg.samples)  # [Q, G]
+            accuracies = (rewards > cfg.right_above).double().mean(1).tolist()
+            chosen += [index for index, rate in zip(block, accuracies) if rate <= cfg.p]
+        state.drawn = 0  # RL has the questions of every other method
+        return sorted(chosen[:wanted])
+
+    mifo.stage = stage
+
+
+def choose_tokens(score, seed: int) -> None:
+    """SFT learns the tokens of highest score(entropy, generator) in place of the entropy."""
+    top_entropy_mask, generator = losses.top_entropy_mask, torch.Generator().manual_seed(seed)
+
+    def mask_of(entropy, mask, rho):
+        return top_entropy_mask(score(entropy, generator), mask, rho)
+
+    losses.top_entropy_mask = mask_of
+
+
+def random_tokens(seed: int) -> None:
+    choose_tokens(lambda entropy, generator: torch.rand(entropy.shape, generator=generator), seed)
+
+
+def lowest_tokens(seed: int) -> None:
+    choose_tokens(lambda entropy, generator: -entropy, seed)
+
+
+def drop_gradients(which: str, seed: int) -> None:
+    """A random half of each gradient of SFT's or RL's steps is zeroed."""
+    optimizer_step, generator = mifo.optimizer_step, torch.Generator().manual_seed(seed)
+
+    def dropping(run, phase, *args):
+        if phase == which:
+            for parameter in run.policy.parameters():
+                grad = parameter.grad.to_local()
+                grad *= torch.rand(grad.shape, generator=generator) < 0.5
+        optimizer_step(run, phase, *args)
+
+    mifo.optimizer_step = dropping
+
+
+PATCHES = {  # what no flag does, by method or setting: called with the seed before the run
+    HARD_FIRST: choose_hard,
+    RANDOM: random_tokens,
+    LOWEST: lowest_tokens,
+    HALF_SFT: lambda seed: drop_gradients("sft", seed),
+    HALF_RL: lambda seed: drop_gradients("rl", seed),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Many at once
+
+
+def make_base(folder: Path, task: str, seed: int) -> None:
+    {"knowledge": knowledge, "countdown": countdown}[task].make(folder.parent, seed)
+
+
+def child(log: Path, call, args: tuple) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -248,281 +644,137 @@ def child(log: Path, call, args) -> None:
     os._exit(0)
 
 
-def work(jobs: list[tuple], label: str) -> None:
-    """Does the jobs (folder, function, its further arguments) that are not done, one a core."""
-    waiting = []
-    for job in {job[0]: job for job in jobs}.values():
-        done = (job[0] / "done").exists() or (job[0] / "model.safetensors").exists()
-        if not done:
-            waiting.append(job)
-    context, running = multiprocessing.get_context("forkserver"), {}
-    context.set_forkserver_preload(["mifo", "countdown"])
+def work(jobs: list[tuple], label: str, finished) -> list[Path]:
+    """Does the jobs (folder, function, its further arguments), one a core.
+
+    finished(folder) is called for each as soon as it has ended well. Returns the logs of the
+    others. When this process is told to end, those that are running end at once.
+    """
+    context, waiting, running, failed = (
+        multiprocessing.get_context("forkserver"),
+        list(jobs),
+        {},
+        [],
+    )
+    # Imported once: it would take longer than a tenth of a run.
+    qwen = "transformers.models.qwen2.modeling_qwen2"
+    context.set_forkserver_preload(["mifo", "datasets", "transformers.generation.utils", qwen])
     interval = 0 if sys.stderr.isatty() else 60
-    for _ in tqdm(range(len(waiting)), desc=label, unit="run", mininterval=interval):
-        while waiting and len(running) < os.cpu_count():
-            folder, call, *args = waiting.pop(0)
-            log = folder.with_name(folder.name + ".log")
-            process = context.Process(target=child, args=(log, call, (folder, *args)))
-            process.start()
-            running[process.sentinel] = process, log
-        for sentinel in wait(list(running))[:1]:
-            process, log = running.pop(sentinel)
+    try:
+        for _ in tqdm(range(len(jobs)), desc=label, unit="run", mininterval=interval):
+            while waiting and len(running) < os.cpu_count():
+                folder, call, *args = waiting.pop(0)
+                log = folder.with_name(folder.name + ".log")
+                process = context.Process(target=child, args=(log, call, (folder, *args)))
+                process.start()
+                running[process.sentinel] = process, folder, log
+            sentinel = wait(list(running))[0]
+            process, folder, log = running.pop(sentinel)
             process.join()
             if process.exitcode:
-                text = log.read_text()[-2000:]
-                sys.exit(f"experiment.py: {log}: exit code {process.exitcode}\n{text}")
+                failed.append(log)
+            else:
+                finished(folder)
+    finally:
+        for process, *_ in running.values():
+            process.kill()
+    return failed
 
 
-# --------------------------------------------------------------------------------------------------
-# The parts. A cell is (method, learning rates of RL and SFT, further flags).
+def name_of(one: Cell) -> str:
+    """A folder's name for a run."""
+    parts = [one.method, one.budget, one.rl_lr, one.sft_lr, one.epochs, one.setting, one.seed]
+    text = "-".join(str(part) for part in parts if part not in (None, ""))
+    return "".join(letter if letter.isalnum() or letter in "-.=" else "_" for letter in text)
 
 
-def job(out: Path, task: str, part: str, cell: tuple, seed: int, **more) -> tuple:
-    """(folder, train, flags, drop, keep_model), for work; `more` are the last two."""
-    method, rates, setting = cell
-    drop = more.get("drop", 0)
-    parts = [
-        method.split(" (ReL")[0].replace(" ", "_"),
-        *(f"{rate:g}" for rate in rates if rate),
-        setting.strip("-").replace(" ", "="),
-        "dropped" if drop else "",
-        str(seed),
-    ]
-    folder = out / task / part / "-".join(filter(None, parts))
-    flags = f"{COMMON} {task_flags(out, task, seed)} {METHODS[method]} {setting} --seed {seed}"
-    for flag, rate in zip(("--rl-lr", "--sft-lr"), rates):
-        flags += f" {flag} {rate}" if rate else ""
-    flags += " --eval-every 15" if part == "tune" else " --eval-every 5 --eval-sft-phases"
-    return folder, train, flags, drop, more.get("keep_model", False)
+def do(cells: list[Cell], out: Path, label: str) -> list[Path]:
+    """The runs that are not in CSV, after the base models that they need. Logs of what failed."""
+    done = {key_of(row) for row in read_rows(CSV)}
+    left = [one for one in cells if one not in done]
+    bases, jobs = {}, []
+    for one in left:
+        base = out / one.task / f"base-{one.seed}"
+        if not base.exists():
+            bases[base] = base, make_base, one.task, one.seed
+        folder = out / one.task / one.part / name_of(one)
+        jobs.append((folder, train, one, flags_of(one, base, folder)))
+    if bases:
+        failed = work(list(bases.values()), f"{label}, base models", lambda folder: None)
+        if failed:
+            return failed
+
+    def finished(folder: Path) -> None:
+        append_row(CSV, json.loads((folder / "row.json").read_text()))
+
+    return work(jobs, label, finished) if jobs else []
 
 
-def row(task: str, part: str, cell: tuple, seed: int, run: dict) -> dict:
-    """A line of experiment.csv."""
-    method, (rl_lr, sft_lr), setting = cell
-    found = dict(zip(COLUMNS, (task, part, method, rl_lr, sft_lr, setting, seed)))
-    for key in NUMBERS:
-        value = run.get(key)
-        found[key] = round(value, 4) if isinstance(value, float) else value
-    levels = run.get("levels", {})
-    found["levels"] = " ".join(f"{level}:{accuracy:.3f}" for level, accuracy in levels.items())
-    return found
+def tune(task: str, out: Path) -> tuple[dict, list[Path]]:
+    """{(method, budget): Setting}, and the logs of what failed, whose settings are out."""
+    failed, broken = [], []
+    while True:
+        best, cells = tune_plan(task, read_rows(CSV) + broken)
+        if not cells:
+            return best, failed
+        failed += do(cells, out, f"{task}: tune")
+        done = {key_of(row) for row in read_rows(CSV)}
+        for one in cells:
+            if one not in done:
+                broken.append(dataclasses.asdict(one) | {"final": None})
 
 
-def tune(out: Path, task: str, rows: list[dict]) -> dict[str, tuple]:
-    """The best learning rates (RL's, SFT's) of each method; None where it has no such phase.
-
-    Along each axis all values are tried on the first of the tuning seeds, and the better two of
-    them on the next. Only what is better replaces the middle one: many SFT rates end at an accuracy
-    of 1, and the lowest of these would be a poor choice.
-    """
-    best = {}
-    for method, flags in METHODS.items():
-        rl_lr = None if "--schedule sft " in flags else RL_LR[1]
-        sft_lr = None if "--schedule rl" in flags else SFT_LR[2]
-        best[method] = rl_lr, sft_lr
-    runs = {}
-    for axis, values in ((1, SFT_LR), (0, RL_LR)):
-        left = {method: along(axis, values, rates) for method, rates in best.items()}
-        for n, seed in enumerate(TUNING_SEEDS[task], 1):
-            jobs = {}
-            for method in METHODS:
-                for rates in left[method]:
-                    cell = method, rates, ""
-                    jobs[method, rates, seed] = job(out, task, "tune", cell, seed)
-            what = ("RL", "SFT")[axis]
-            work(list(jobs.values()), f"{task}: tuning {what}'s learning rate, seed {seed}")
-            runs |= {key: compare.read_run(folder) for key, (folder, *_) in jobs.items()}
-            for method, tried in left.items():
-                seeds = TUNING_SEEDS[task][:n]
-                scores = {rates: score(runs, method, rates, seeds) for rates in tried}
-                left[method] = sorted(tried, key=scores.get, reverse=True)[:2]
-        best = {method: tried[0] for method, tried in left.items()}
-    for (method, rates, seed), run in sorted(runs.items(), key=str):
-        rows.append(row(task, "tune", (method, rates, ""), seed, run))
-    return best
-
-
-def along(axis: int, values: tuple, rates: tuple) -> list[tuple]:
-    """The rates, and after them those with each other value on this axis.
-
-    along(0, (1, 2), (2, 9)) -> [(2, 9), (1, 9)]; along(0, (1, 2), (None, 9)) -> [(None, 9)]
-    """
-    tried = [rates]
-    for value in values if rates[axis] else ():
-        other = (value, rates[1]) if axis == 0 else (rates[0], value)
-        if other not in tried:
-            tried.append(other)
-    return tried
-
-
-def score(runs: dict, method: str, rates: tuple, seeds: tuple) -> float:
-    total = 0.0
-    for seed in seeds:
-        run = runs[method, rates, seed]
-        total += run["final"] + (run["final"] if run["area"] is None else run["area"])
-    return total
-
-
-def groups_of(
-    out: Path, task: str, part: str, cells: dict[str, tuple], seeds: tuple, rows: list[dict]
-) -> dict[str, list]:
-    """{name: measures (compare.read_run) of its cell's run on each seed}"""
-    jobs = {}
-    for seed in seeds:
-        for name, cell in cells.items():
-            jobs[name, seed] = job(out, task, part, cell, seed)
-    work(list(jobs.values()), f"{task}: {part}")
-    groups = {}
-    for name, cell in cells.items():
-        groups[name] = [compare.read_run(jobs[name, seed][0]) for seed in seeds]
-        for seed, run in zip(seeds, groups[name]):
-            rows.append(row(task, part, cell, seed, run))
-    return groups
-
-
-def analyse(out: Path, task: str, best: dict[str, tuple], rows: list[dict]) -> str:
-    """The paper's analyses of update size and redundancy, and of overlap, as Markdown."""
-    lines = [
-        "| | change of the weights, relative | share moved by over 0.001 | accuracy "
-        "| half of each gradient dropped | half of the update dropped |",
-        "| --- " * 6 + "|",
-    ]
-    for method in ("SFT", "GRPO"):
-        columns = halves(out, task, method, best[method], rows)
-        lines.append(f"| {method} | " + " | ".join(map(show, columns)) + " |")
-    return "\n".join([*lines, *overlap(out, task, best)])
-
-
-def halves(out: Path, task: str, method: str, rates: tuple, rows: list[dict]) -> list[list]:
-    """A method's columns in the table of analyse, each over SEEDS."""
-    cell = method, rates, ""
-    whole, dropped, half = [], [], []
-    for seed in SEEDS:
-        whole.append(job(out, task, "analyse", cell, seed, keep_model=True))
-        dropped.append(job(out, task, "analyse", cell, seed, keep_model=True, drop=seed))
-        folder, _, flags, *_ = whole[-1]
-        base, result = base_folder(out, task, seed), folder.with_name(folder.name + "-half")
-        half.append((result, drop_update, base, folder / "model", flags))
-    work([*whole, *dropped], f"{task}: {method}")
-    work(half, f"{task}: half of {method}'s update")
-    found = [json.loads((folder / "result.json").read_text()) for folder, *_ in half]
-    drops = [compare.read_run(folder) for folder, *_ in dropped]
-    settings = {
-        "": [compare.read_run(folder) for folder, *_ in whole],
-        "half of each gradient dropped": drops,
-        "half of the update dropped": [{"final": one["half"]} for one in found],
-    }
-    for setting, runs in settings.items():
-        for seed, run in zip(SEEDS, runs):
-            rows.append(row(task, "analyse", (method, rates, setting), seed, run))
-    columns = [[one[key] for one in found] for key in ("norm", "share", "whole")]
-    return [*columns, [run["final"] for run in drops], [one["half"] for one in found]]
-
-
-def overlap(out: Path, task: str, best: dict[str, tuple]) -> list[str]:
-    """How SFT's movement overlaps with RL's where nothing is frozen; means over phases and runs."""
-    movement, top = [], []
-    for seed in SEEDS:
-        folder, *_ = job(out, task, "final", (PLAIN, best[PLAIN], ""), seed)
-        phases = json.loads((folder / "overlap.json").read_text())
-        if phases:
-            movement.append(sum(phase["movement"] for phase in phases) / len(phases))
-            top.append(sum(phase["top"] for phase in phases) / len(phases))
-    if not movement:
-        return []
-    text = (
-        f"{PLAIN}: of SFT's movement {show(movement)}, and of the half that it moves most "
-        f"{show(top)}, lie in the half that the RL phase before it moved most (0.5 if unrelated); "
-        f"{len(movement)} runs."
-    )
-    return ["", text]
-
-
-def paired(groups: dict[str, list[dict]]) -> str:
-    """Each method less MIFO on the same seed, and so from the same base model, as Markdown."""
-    lines = [
-        "| less MIFO | accuracy at the end | mean accuracy over the RL steps |",
-        "| --- | --- | --- |",
-    ]
-    for name, runs in groups.items():
-        cells = []
-        for key in ("final", "area"):
-            pairs = [(run[key], other[key]) for run, other in zip(runs, groups["MIFO"])]
-            gains = [value - other for value, other in pairs if value is not None]
-            cells.append(show(gains) if gains else "")
-        if name != "MIFO":
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+def forecast(tasks: list[str], parts: list[str]) -> str:
+    """How many runs are left, and about how long they take."""
+    rows, lines, total = read_rows(CSV), [], 0.0
+    for task in tasks:
+        for part in parts:
+            mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
+            left = max(0, planned(task, part) - len(mine))
+            like = mine or [row for row in rows if row["task"] == task] or rows
+            text = f"{task}, {part}: {left} of {planned(task, part)} runs left"
+            if left and like:
+                minutes = left * statistics.fmean(row["seconds"] for row in like) / 60
+                minutes /= os.cpu_count()
+                total += minutes
+                text += f", about {minutes:.0f} minutes"
+            elif left:
+                text += "; none was timed yet"
+            lines.append(text)
+    if total:
+        lines.append(f"about {total:.0f} minutes in all")
     return "\n".join(lines)
 
 
-def show(values: list[float]) -> str:
-    """Mean ± half the 95 % interval."""
-    return "{:.3f} ± {:.3f}".format(*compare.interval(values))
-
-
-def prepare(out: Path, task: str) -> None:
-    """The base models; those of the chains where mifo.py looks for them, too."""
-    seeds = (*TUNING_SEEDS[task], *SEEDS)
-    jobs = [(base_folder(out, task, seed), make_base, task, seed) for seed in seeds]
-    work(jobs, f"{task}: base models")
-    if task != "chain":
-        return
-    for part, seed in itertools.product(("tune", "final", "sweep", "analyse"), seeds):
-        link = out / task / part / f"embedded-base-{seed}"
-        link.parent.mkdir(exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(Path("..") / f"base-{seed}")
-
-
-def experiment(out: Path, task: str, parts: list[str], rows: list[dict]) -> list[str]:
-    """All parts on one task: its tables, as Markdown."""
-    prepare(out, task)
-    best = tune(out, task, rows)
-    text = [
-        f"\n## {task}\n",
-        "| method | RL learning rate | SFT learning rate |",
-        "| --- | --- | --- |",
-    ]
-    for method, (rl_lr, sft_lr) in best.items():
-        text.append(f"| {method} | {rl_lr or ''} | {sft_lr or ''} |")
-    if "final" not in parts:
-        return text
-    cells = {method: (method, best[method], "") for method in METHODS}
-    groups = groups_of(out, task, "final", cells, SEEDS, rows)
-    text += ["", compare.comparison(groups), "", paired(groups)]
-    compare.draw_comparison(groups, ROOT / "assets" / f"experiment-{task}.png", task)
-    if "sweep" in parts:
-        cells = {}
-        for name, values in SWEEPS.items():
-            for value in values:
-                setting = f"--{name.replace('_', '-')} {value:g}"
-                cells[f"{name} {value:g}"] = "MIFO", best["MIFO"], setting
-        swept = groups_of(out, task, "sweep", cells, SWEEP_SEEDS, rows)
-        centre = {"MIFO": groups["MIFO"][: len(SWEEP_SEEDS)]}
-        text += ["", compare.comparison(centre | swept)]
-    if "analyse" in parts:
-        text += ["", analyse(out, task, best, rows)]
-    return text
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"))
-    meaning = "the first is always done; the last two need final"
-    parser.add_argument("--parts", default="tune,final,sweep,analyse", help=meaning)
-    parser.add_argument("--tasks", default="chain,countdown")
+    parser.add_argument("--parts", default=",".join(PARTS), help="tune is done before any other")
+    parser.add_argument("--tasks", default=",".join(TASKS))
     args = parser.parse_args()
-    rows = []
-    for task in args.tasks.split(","):
-        text = experiment(args.out, task, args.parts.split(","), rows)
-        with open(Path(__file__).with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        print(*text, sep="\n", flush=True)
+    parts, tasks = args.parts.split(","), args.tasks.split(",")
+    for given, known, name in ((parts, PARTS, "--parts"), (tasks, TASKS, "--tasks")):
+        for word in given:
+            if word not in known:
+                parser.error(f"{name}: {word!r} is none of {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    print(forecast(tasks, parts), flush=True)
+    failed = []
+    with contextlib.suppress(KeyboardInterrupt):
+        for task in tasks:
+            best, logs = tune(task, args.out)
+            failed += logs
+            for part in PARTS[1:]:
+                if part in parts:
+                    failed += do(cells_of(task, part, best), args.out, f"{task}: {part}")
+        if failed:
+            names = ", ".join(map(str, failed))
+            print(f"experiment.py: {len(failed)} runs failed: {names}", file=sys.stderr)
+        return 1 if failed else 0
+    return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

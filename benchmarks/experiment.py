@@ -64,7 +64,7 @@ GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4)}  # the 
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
 DEMONSTRATIONS = {"knowledge": knowledge.TRAIN, "countdown": countdown.TRAIN}
-WATCHED = 2  # SFT phases that a run evaluates around
+WATCHED = 2  # SFT phases that a run evaluates around, but for tune
 PASS_K, PASS_QUESTIONS = 8, 100  # of pass@k after an SFT stage
 
 SFT_THEN_RL, HARD_FIRST = "SFT then RL", "SFT on hard questions, then RL"
@@ -104,7 +104,7 @@ ANALYSED = (
     *(("GRPO", ""), ("GRPO", HALF_RL)),
 )
 COMMON = (
-    "--questions 32 --sft-batch 16 --buffer-size 16 --eval-temperature 0 --eval-every 10 "
+    "--questions 32 --sft-batch 16 --buffer-size 16 --eval-temperature 0 "
     "--micro-tokens 4096 --sampler torch --save-every 100000 --samples-logged 0"
 )
 OF_TASK = {
@@ -379,10 +379,11 @@ def train(folder: Path, one: Cell, flags: list[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mifo.pictures.draw = lambda out: None
+    mifo.checkpoint_due = lambda cfg, state: False  # but at the end, where main() wants one
     for key in (one.method, one.setting):
         if key in PATCHES:
             PATCHES[key](one.seed)
-    seen = watch(halves=one.part == "analyse")
+    seen = watch(one.part)
     sys.argv = ["mifo.py", *flags]
     if code := mifo.main():
         sys.exit(code)
@@ -437,12 +438,14 @@ def measures(one: Cell, folder: Path, seen: dict) -> dict:
     return found | seen["found"] | {"levels": levels}
 
 
-def watch(halves: bool) -> dict:
+def watch(part: str) -> dict:
     """Wraps mifo.py's phases to evaluate less often and to measure more.
 
     The dict returned gets "run"; "overlaps": of each SFT phase after RL steps what overlap() gives;
-    and "found": pass@k after an SFT stage and, with `halves`, what half of each update is worth.
+    and "found": but for tune pass@k after an SFT stage, and for analyse what half of each update is
+    worth.
     """
+    halves, watched = part == "analyse", 0 if part == "tune" else WATCHED
     seen = {"overlaps": [], "found": {}}
     set_up, begin_sft, end_sft, train = mifo.set_up, mifo.begin_sft, mifo.end_sft, mifo.train
     measure_holdout = mifo.measure_holdout
@@ -465,7 +468,8 @@ def watch(halves: bool) -> dict:
             seen["overlaps"].append(overlap(seen["rl"], (now - seen["anchor"]).abs()))
         seen["anchor"] = now
         if run.cfg.schedule in mifo.STAGED:
-            seen["found"]["pass_k"] = pass_k(run)
+            if part != "tune":
+                seen["found"]["pass_k"] = pass_k(run)
             if halves:
                 seen["found"] |= half_of_update(run, "sft", seen["whole"])
                 seen["whole"] = now
@@ -480,16 +484,17 @@ def watch(halves: bool) -> dict:
         if not run.state.sft_queue:  # not after each epoch
             measure_holdout(run)
 
+    def evaluation_due(cfg, state, phase, following):
+        """Around an SFT stage or the first SFT phases, halfway through RL, and at the end."""
+        if following is None or cfg.schedule in mifo.STAGED and phase != following:
+            return True
+        if watched and phase == "rl" and state.rl_steps == cfg.steps // 2:
+            return True
+        return phase != following and state.sft_phases <= watched
+
     mifo.set_up, mifo.begin_sft, mifo.end_sft, mifo.train = setting_up, beginning, ending, training
     mifo.measure_holdout, mifo.evaluation_due = measuring, evaluation_due
     return seen
-
-
-def evaluation_due(cfg, state, phase: str, following: str | None) -> bool:
-    """Around the first WATCHED SFT phases, after each --eval-every RL steps, and at the end."""
-    if following is None or phase != following and state.sft_phases <= WATCHED:
-        return True
-    return phase == "rl" and state.rl_steps % cfg.eval_every == 0
 
 
 def weights(run) -> Tensor:

@@ -4992,9 +4992,11 @@ def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
 import compare  # noqa: E402
 import countdown  # noqa: E402
+import experiment  # noqa: E402
 import gpu  # noqa: E402
 import knowledge  # noqa: E402
 import plan  # noqa: E402
+import results  # noqa: E402
 from benchmarks import pictures  # noqa: E402
 
 # fmt: off
@@ -5191,6 +5193,353 @@ def test_the_knowledge_base_model_reads_right_values_of_known_names_only():
             value = re.search(rf"{name}=(\d)", work)[1]
             right[name in knowledge.KNOWN].append(int(value) == knowledge.SECRET[name])
     assert all(right[True]) and np.mean(right[False]) == pytest.approx(0.1, abs=0.04)
+
+
+# --------------------------------------------------------------------------------------------------
+# The experiment
+
+
+def experiment_cell(**changed) -> experiment.Cell:
+    plain = experiment.Cell("knowledge", "curve", "MIFO", 64, 1e-4, 3e-4, 20, "", 10)
+    return dataclasses.replace(plain, **changed)
+
+
+def experiment_row(one: experiment.Cell, **found) -> dict:
+    """As read_rows gives it."""
+    empty = dict.fromkeys(experiment.NUMBERS) | {"levels": ""}
+    return dataclasses.asdict(one) | empty | found
+
+
+EXPERIMENT_CELLS = [
+    experiment_cell(),
+    experiment_cell(method="GRPO", budget=0, sft_lr=None, epochs=None),
+    experiment_cell(setting="--alpha 0.5", rl_lr=3e-5),
+    experiment_cell(seed=11),
+]
+
+
+def test_experiments_rows_come_back_from_its_table_with_their_keys(tmp_path):
+    path = tmp_path / "experiment.csv"
+    assert experiment.read_rows(path) == []
+    for i, one in enumerate(EXPERIMENT_CELLS):
+        row = dataclasses.asdict(one) | {"final": i / 8, "seconds": 2, "levels": "0:1.000 1:0.500"}
+        experiment.append_row(path, row)
+    rows = experiment.read_rows(path)
+    assert [experiment.key_of(row) for row in rows] == EXPERIMENT_CELLS
+    assert [row["final"] for row in rows] == [0, 0.125, 0.25, 0.375]
+    assert rows[0]["after_sft"] is None and rows[0]["levels"] == "0:1.000 1:0.500"
+
+
+def test_a_line_that_a_crash_cut_off_is_neither_read_nor_kept(tmp_path):
+    path = tmp_path / "experiment.csv"
+    first, *others = EXPERIMENT_CELLS
+    experiment.append_row(path, dataclasses.asdict(first) | {"final": 0.5})
+    with open(path, "a") as file:
+        file.write("knowledge,curve,MIFO,64,0.0")
+    assert [experiment.key_of(row) for row in experiment.read_rows(path)] == [first]
+    for one in others:
+        experiment.append_row(path, dataclasses.asdict(one) | {"final": 0.5})
+    assert [experiment.key_of(row) for row in experiment.read_rows(path)] == EXPERIMENT_CELLS
+    assert path.read_text().count("\n") == 5
+
+
+def test_experiment_repeats_no_run_of_its_table_even_in_an_empty_folder(tmp_path, monkeypatch):
+    done = []
+
+    def work(jobs, label, finished):
+        failed = []
+        for folder, call, *args in jobs:
+            if call is experiment.make_base:
+                continue
+            [one, flags] = args
+            done.append(one)
+            if one.setting and len(done) < 5:  # fails the first time
+                failed.append(folder)
+                continue
+            folder.mkdir(parents=True)
+            row = dataclasses.asdict(one) | {"final": 0.5}
+            (folder / "row.json").write_text(json.dumps(row))
+            finished(folder)
+        return failed
+
+    monkeypatch.setattr(experiment, "work", work)
+    monkeypatch.setattr(experiment, "CSV", tmp_path / "experiment.csv")
+    [failed] = experiment.do(EXPERIMENT_CELLS, tmp_path / "one", "x")
+    assert done == EXPERIMENT_CELLS and "alpha" in failed.name
+    assert experiment.do(EXPERIMENT_CELLS, tmp_path / "two", "x") == []
+    assert done == [*EXPERIMENT_CELLS, EXPERIMENT_CELLS[2]]
+    experiment.do(EXPERIMENT_CELLS, tmp_path / "three", "x")
+    assert len(done) == 5 and not (tmp_path / "three").exists()
+
+
+def experiment_job(folder: Path, seconds: float) -> None:
+    """A run of nothing; one of less than no time fails."""
+    time.sleep(seconds)
+    folder.mkdir(parents=True)
+
+
+def test_experiments_other_runs_go_on_when_one_fails(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # else each child would import all anew
+    monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda method: fork)
+    jobs, finished = [], []
+    for i, seconds in enumerate((0.0, -1.0, 0.0, 0.0)):
+        jobs.append((tmp_path / f"run-{i}", experiment_job, seconds))
+    failed = experiment.work(jobs, "x", lambda folder: finished.append(folder.name))
+    assert failed == [tmp_path / "run-1.log"]
+    assert failed[0].exists() and sorted(finished) == ["run-0", "run-2", "run-3"]
+
+
+def test_experiment_ends_its_children_when_it_is_told_to_end(tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda method: fork)
+    monkeypatch.setattr(experiment, "wait", lambda sentinels: sys.exit(143))
+    before = time.perf_counter()
+    with pytest.raises(SystemExit):
+        experiment.work([(tmp_path / "run", experiment_job, 300.0)], "x", None)
+    for process in multiprocessing.active_children():
+        process.join()
+    assert time.perf_counter() - before < 100 and not (tmp_path / "run").exists()
+
+
+CLIMB_AXES = {"sft_lr": (3, 1, 9), "epochs": (20, 10), "rl_lr": (1, 2)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_climb_finds_the_best_along_each_axis(seed):
+    """Scores that are sums over the axes have their best where each term has its own."""
+    rng = random.Random(seed)
+    gains = {n: {v: rng.randrange(3) for v in values} for n, values in CLIMB_AXES.items()}
+    setting, scores, tried = experiment.Setting(1, 3, 20), {}, 0
+    while True:
+        found, missing = experiment.climb(CLIMB_AXES, setting, scores)
+        if not missing:
+            break
+        assert not set(missing) & set(scores)
+        tried += len(missing)
+        for one in missing:
+            terms = dataclasses.asdict(one).items()
+            scores[one] = sum(gains[name][value] for name, value in terms)
+    best = {}
+    for name, values in CLIMB_AXES.items():  # of equal ones the first
+        best[name] = sorted(values, key=lambda value: -gains[name][value])[0]
+    assert dataclasses.asdict(found) == best
+    assert tried == 3 + 1 + 1
+
+
+def test_tuning_asks_for_what_is_planned_and_then_for_nothing():
+    for task in experiment.TASKS:
+        rows, rounds = [], 0
+        while True:
+            best, cells = experiment.tune_plan(task, rows)
+            if not cells:
+                break
+            rounds += 1
+            assert {one.seed for one in cells} == {experiment.TUNING_SEED}
+            for one in cells:  # the higher the rates, the better; a run that failed is the worst
+                score = -10 if one.epochs == 40 else one.rl_lr + (one.sft_lr or 0)
+                rows.append(experiment_row(one, final=None if score < 0 else score))
+        assert rounds == 4 and len(rows) == len({experiment.key_of(row) for row in rows})
+        assert len(rows) == experiment.planned(task, "tune")
+        assert best["MIFO", 32] == experiment.Setting(3e-4, 3e-3, 20)
+        assert best["MIFO", 256] == experiment.Setting(3e-4, 3e-3, 10)
+        assert best["GRPO", 0] == experiment.Setting(3e-4, None, None)
+        at = experiment.tuned_at(experiment.MIDDLE[task])
+        assert best["DFT then RL", at].sft_lr == 0.01
+        assert best["SFT then NFT, two updates", at].rl_lr == 1e-3
+
+
+def experiment_best() -> dict:
+    best = {("GRPO", 0): experiment.Setting(1e-4, None, None)}
+    for method in experiment.FLAGS:
+        for budget in (32, 256):
+            best[method, budget] = experiment.Setting(1e-4, 1e-3 * budget, budget // 8)
+    return best
+
+
+@pytest.mark.parametrize("task", experiment.TASKS)
+def test_the_experiments_plan(task):
+    best, everything = experiment_best(), []
+    for part in experiment.PARTS[1:]:
+        cells = experiment.cells_of(task, part, best)
+        assert len(cells) == experiment.planned(task, part)
+        assert {one.seed for one in cells} == set(experiment.SEEDS)
+        everything += cells
+    assert len(set(everything)) == len(everything)
+    assert experiment.TUNING_SEED not in experiment.SEEDS
+    curves = {}
+    for one in everything:
+        if one.part == "curve" and one.seed == 10:
+            curves.setdefault(one.method, {})[one.budget] = one.sft_lr, one.epochs
+    budgets = set(experiment.BUDGETS[task])
+    assert curves.pop("GRPO") == {0: (None, None)}
+    for method, found in curves.items():
+        assert set(found) == budgets
+        staged = method in (experiment.SFT_THEN_RL, experiment.HARD_FIRST)
+        # 32 passes over 256 are 8,192 demonstrations, nearer to two passes over 5,000 than to one.
+        assert found.pop(0) == (0.256, 2 if staged else 32)
+        for budget, setting in found.items():
+            nearer = 32 if budget / 32 < 256 / budget else 256
+            assert setting == (1e-3 * nearer, nearer // 8)
+
+
+def test_mifo_takes_the_flags_of_every_run_of_the_experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").touch()
+    seen = {}
+    for part in experiment.PARTS[1:]:
+        for one in experiment.cells_of("countdown", part, experiment_best()):
+            flags = experiment.flags_of(one, tmp_path / "base-10", tmp_path / "out")
+            cfg = mifo.parse_config(flags)
+            assert (cfg.seed, cfg.demonstration_budget) == (one.seed, one.budget)
+            if one.sft_lr is not None:
+                assert (cfg.sft_lr, cfg.sft_epochs) == (one.sft_lr, one.epochs)
+            same = dataclasses.replace(cfg, out="")
+            special = one.method in experiment.PATCHES or one.setting in experiment.PATCHES
+            if not special and one.part != "analyse":
+                assert seen.setdefault(repr(same), one) is one  # no two are the same run
+    assert len(seen) == 5 * (7 * 4 - 4 + 1 + 10 + 6)
+
+
+@pytest.mark.parametrize(
+    "rate, tried",
+    [(1e-3, {1e-3, 3e-4, 3e-3}), (3e-4, {3e-4, 1e-4, 1e-3}), (3e-3, {3e-3, 1e-3, 1e-2})],
+)
+def test_the_rates_around_one(rate, tried):
+    found = experiment.around(rate)
+    assert found[0] == rate and set(found) == tried
+
+
+def test_overlap_is_half_by_chance_and_one_where_sft_moves_what_rl_moved():
+    rl = torch.tensor([5.0, 1.0, 4.0, 0.0])
+    assert experiment.overlap(rl, rl) == (pytest.approx(0.9), 1.0)
+    assert experiment.overlap(rl, torch.tensor([0.0, 3.0, 1.0, 4.0])) == (0.125, 0.0)
+    many = [torch.rand(40_000, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    assert experiment.overlap(*many) == (pytest.approx(0.5, abs=0.01),) * 2
+
+
+def test_the_experiments_other_choices_of_tokens(monkeypatch):
+    entropy = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.7], [9.0, 0.2, 0.4, 9.0, 0.3]])
+    mask = torch.tensor([[True] * 5, [False, True, True, False, True]])
+    picked = set()
+    for patch in (experiment.lowest_tokens, experiment.random_tokens):
+        with monkeypatch.context() as context:
+            context.setattr(losses, "top_entropy_mask", losses.top_entropy_mask)
+            patch(3)
+            chosen = [losses.top_entropy_mask(entropy, mask, 0.4) for _ in range(40)]
+        for one in chosen:
+            assert one.sum(1).tolist() == [2, 2] and not (one & ~mask).any()
+        if patch is experiment.lowest_tokens:
+            assert chosen[0].nonzero().tolist() == [[0, 0], [0, 3], [1, 1], [1, 4]]
+        else:
+            picked = {str(one[0].tolist()) for one in chosen}
+    assert len(picked) == 10  # each two of five
+
+
+def test_dropped_gradients_are_a_half_of_one_phases_alone(monkeypatch):
+    stepped = []
+    monkeypatch.setattr(mifo, "optimizer_step", lambda run, phase, clip, loss: stepped.append(clip))
+    parameter = types.SimpleNamespace(grad=torch.ones(10_000))
+    parameter.grad.to_local = lambda: parameter.grad
+    run = types.SimpleNamespace(policy=types.SimpleNamespace(parameters=lambda: [parameter]))
+    experiment.drop_gradients("sft", 5)
+    mifo.optimizer_step(run, "rl", 1.0, 0.5)
+    assert parameter.grad.sum() == 10_000
+    mifo.optimizer_step(run, "sft", 2.0, 0.5)
+    assert stepped == [1.0, 2.0]
+    assert set(parameter.grad.tolist()) == {0.0, 1.0}
+    assert 4_800 < parameter.grad.sum() < 5_200
+
+
+def test_a_stage_of_hard_questions_takes_those_and_counts_what_it_sampled(monkeypatch):
+    """The question of index i is right in i % 4 of four samples; at most one makes it hard."""
+
+    def sample(run, questions):
+        asked.extend(questions)
+        found = []
+        for question in questions:
+            for j in range(4):
+                found.append(
+                    types.SimpleNamespace(reward=float(j < question % 4), tokens=[1, 2, 3])
+                )
+        return found
+
+    asked = []
+    monkeypatch.setattr(mifo, "sample", sample)
+    monkeypatch.setattr(mifo, "push_weights", lambda run: None)
+    monkeypatch.setattr(mifo, "stage", None)
+    experiment.choose_hard(0)
+    for budget in (5, 0):
+        cfg = mifo.Config(p=0.25, questions=8, samples=4, demonstration_budget=budget, seed=3)
+        run = types.SimpleNamespace(cfg=cfg, state=mifo.State(), questions=range(60))
+        run.demonstrated = set(range(50))
+        asked.clear()
+        chosen = mifo.stage(run)
+        assert all(index % 4 <= 1 and index < 50 for index in chosen)
+        assert len(chosen) == len(set(chosen)) == (budget or 26)
+        assert len(asked) == len(set(asked)) and (budget == 0) == (len(asked) == 50)
+        assert run.state.sampled_tokens == len(asked) * 4 * 3 and run.state.drawn == 0
+
+
+def test_results_tell_differences_on_the_same_seed_alone():
+    rows = [experiment_row(experiment_cell(seed=seed), final=value) for seed, value in
+            ((10, 0.5), (11, 0.75), (12, None), (13, 0.25))]  # fmt: skip
+    others = [experiment_row(experiment_cell(seed=seed), final=value) for seed, value in
+              ((11, 0.5), (12, 0.5), (10, 0.75), (14, 0.0))]  # fmt: skip
+    assert results.differences(rows, others, "final") == [-0.25, 0.25]
+
+
+def test_results_read_a_table_that_is_not_complete(monkeypatch):
+    monkeypatch.setattr(compare, "interval", lambda values: (np.mean(values), math.nan))
+    rows = []
+    for seed, budget, final in ((10, 64, 0.5), (11, 64, 0.75), (10, 0, 1.0)):
+        rows.append(experiment_row(experiment_cell(seed=seed, budget=budget), final=final))
+    text = results.report(rows)
+    assert "- knowledge, curve: 3 of 215 runs are there" in text
+    assert "- countdown, tune: 0 of 145 runs are there" in text and "## countdown" not in text
+    assert "| MIFO |  |  | 0.625 (2) |  |  | 1.000 (1) |" in text
+
+
+def test_results_leave_out_what_tuning_has_not_chosen():
+    rows = []
+    while cells := experiment.tune_plan("knowledge", rows)[1]:
+        rows += [experiment_row(one, final=0.5) for one in cells]
+    best, _ = experiment.tune_plan("knowledge", rows)
+    cells = experiment.cells_of("knowledge", "curve", best)[:3]
+    stale = dataclasses.replace(cells[0], rl_lr=7.0)
+    rows += [experiment_row(one, final=0.5) for one in (*cells, stale)]
+    kept = [experiment.key_of(row) for row in results.current(rows) if row["part"] == "curve"]
+    assert kept == cells
+
+
+def test_rank_correlation_is_that_of_the_ranks():
+    pytest.importorskip("scipy")
+    draw = np.random.default_rng(0)
+    losses_held = draw.random(30)
+    finals = (1 - losses_held + draw.normal(size=30) / 3) ** 3
+    rows = [experiment_row(experiment_cell(), holdout=a, final=b)
+            for a, b in zip(losses_held.tolist(), finals.tolist())]  # fmt: skip
+    ranks = [values.argsort().argsort() for values in (losses_held, finals)]
+    expected = np.corrcoef(*ranks)[0, 1]
+    unknown = experiment_row(experiment_cell(), final=0.5)
+    assert results.rank_correlation([*rows, unknown], "holdout") == pytest.approx(expected)
+    assert -0.95 < expected < -0.5
+    assert math.isnan(results.rank_correlation(rows[:2], "holdout"))
+
+
+def test_results_draw_both_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "interval", lambda values: (np.mean(values), np.ptp(values)))
+    monkeypatch.setattr(results, "rank_correlation", lambda rows, name: 0.5)
+    rows = []
+    for one in experiment.cells_of("knowledge", "curve", experiment_best()):
+        used, after = one.budget or 900, 0.2 + one.budget / 600
+        found = {"start": 0.3, "final": after, "lost": 0.1, "demonstrations": used}
+        if "sft-then-rl" in experiment.FLAGS[one.method]:
+            found |= {"holdout": 1 - after, "pass_k": after}
+        rows.append(experiment_row(one, **found))
+    for draw in (results.draw_budget, results.draw_predict):
+        draw(rows, tmp_path / "figure.png")
+        assert plt_image(tmp_path / "figure.png")
 
 
 # --------------------------------------------------------------------------------------------------

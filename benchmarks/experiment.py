@@ -62,6 +62,7 @@ MIDDLE = {"knowledge": 128, "countdown": 64}  # of family and analyse
 LOW, HIGH = 32, 256  # budgets that are tuned at
 GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4)}  # the first stands first
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
+COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
 DEMONSTRATIONS = {"knowledge": knowledge.TRAIN, "countdown": countdown.TRAIN}
 WATCHED = 2  # SFT phases that a run evaluates around, but for tune
@@ -199,18 +200,18 @@ def epochs_at(method: str, task: str, budget: int, epochs: int | None) -> int | 
     return max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))
 
 
-def first_setting(method: str, budget: int) -> Setting:
-    """The first value of each axis; for GRPO, whose budget is 0, only RL's."""
-    if "--schedule rl" in FLAGS[method]:
-        return Setting(GRID["rl_lr"][0], None, None)
-    return Setting(GRID["rl_lr"][0], GRID["sft_lr"][0], EPOCHS[budget][0])
-
-
 def axes_of(method: str, budget: int) -> dict[str, tuple]:
     """What is tried at a budget of LOW or HIGH, axis by axis."""
     if "--schedule rl" in FLAGS[method]:
         return {"rl_lr": GRID["rl_lr"]}
-    return {"sft_lr": GRID["sft_lr"], "epochs": EPOCHS[budget], "rl_lr": GRID["rl_lr"]}
+    epochs = COIN_EPOCHS if "--schedule alternate" in FLAGS[method] else EPOCHS[budget]
+    return {"sft_lr": GRID["sft_lr"], "epochs": epochs, "rl_lr": GRID["rl_lr"]}
+
+
+def first_setting(method: str, budget: int) -> Setting:
+    """The first value of each axis; for GRPO, whose budget is 0, only RL's."""
+    axes = axes_of(method, budget)
+    return Setting(**{name: axes.get(name, [None])[0] for name in ("rl_lr", "sft_lr", "epochs")})
 
 
 def climb(axes: dict[str, tuple], setting: Setting, scores: dict[Setting, float]):

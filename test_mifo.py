@@ -4987,7 +4987,7 @@ def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Comparing runs, and the experiment's second task
+# Comparing runs, and the experiment's tasks
 
 sys.path.append(str(ROOT / "benchmarks"))  # behind the root: both hold a freeze.py
 import compare  # noqa: E402

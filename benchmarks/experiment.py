@@ -109,7 +109,7 @@ COMMON = (
     "--micro-tokens 4096 --sampler torch --save-every 100000 --samples-logged 0"
 )
 OF_TASK = {
-    "knowledge": "--steps 30 --max-prompt 12 --max-response 48",
+    "knowledge": "--steps 24 --max-prompt 12 --max-response 48",
     "countdown": "--steps 20 --max-prompt 24 --max-response 88",
 }
 
@@ -766,7 +766,7 @@ def main() -> int:
             if word not in known:
                 parser.error(f"{name}: {word!r} is none of {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    print(forecast(tasks, parts), flush=True)
+    print(forecast(tasks, ["tune", *(part for part in parts if part != "tune")]), flush=True)
     failed = []
     with contextlib.suppress(KeyboardInterrupt):
         for task in tasks:

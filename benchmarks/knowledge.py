@@ -1,4 +1,4 @@
-"""Sums of secret values, experiment.py's third task: what RL alone cannot find out.
+"""Sums of secret values, experiment.py's first task: what RL alone cannot find out.
 
     python benchmarks/knowledge.py FOLDER [--seed 0]
 

@@ -19,7 +19,7 @@ countdown.py.
 3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
 4. analyse: what dropping half of SFT's or of RL's gradients, or half of the finished update, costs.
 
-Countdown has fewer budgets, and there is one tuning seed, for time.
+Countdown has fewer budgets and RL steps, and there is one tuning seed, for time.
 """
 
 import argparse
@@ -110,7 +110,7 @@ COMMON = (
 )
 OF_TASK = {
     "knowledge": "--steps 24 --max-prompt 12 --max-response 48",
-    "countdown": "--steps 20 --max-prompt 24 --max-response 88",
+    "countdown": "--steps 12 --max-prompt 24 --max-response 88",
 }
 
 

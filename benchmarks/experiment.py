@@ -656,12 +656,8 @@ def work(jobs: list[tuple], label: str, finished) -> list[Path]:
     finished(folder) is called for each as soon as it has ended well. Returns the logs of the
     others. When this process is told to end, those that are running end at once.
     """
-    context, waiting, running, failed = (
-        multiprocessing.get_context("forkserver"),
-        list(jobs),
-        {},
-        [],
-    )
+    context = multiprocessing.get_context("forkserver")
+    waiting, running, failed = list(jobs), {}, []
     # Imported once: it would take longer than a tenth of a run.
     qwen = "transformers.models.qwen2.modeling_qwen2"
     context.set_forkserver_preload(["mifo", "datasets", "transformers.generation.utils", qwen])

@@ -9921,10 +9921,10 @@ def gather_choices(folder):
             patch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
             cfg = mifo.Config(gather_once=setting)
             found[setting, size] = mifo.choose_gather_once(cfg, run.policy, 2, run.device)
-            patch.setenv("LOCAL_WORLD_SIZE", "2")
-            assert mifo.memory_of_rank(run.device) == size * count / 2
             alone = mifo.choose_gather_once(cfg, run.policy, 1, run.device)
             assert alone == (setting == "on")
+            patch.setenv("LOCAL_WORLD_SIZE", "2")
+            assert mifo.memory_of_rank(run.device) == size * count / 2
     return found
 
 

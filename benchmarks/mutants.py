@@ -290,6 +290,7 @@ MUTANTS = {
              "empty.masked_scatter(mask, values) for values in found[::-1]"),
         ]),
         ("gradients_of_sft_steps or behavior_logprobs or order_of_demonstrations", [  # sft_step
+            ('            batch["mask"][:] = False', "            pass"),
             ("losses.top_entropy_count(n, cfg.rho) for n in lengths", "n for n in lengths"),
             ("run.policy(part.tokens, part.mask, 1.0, top_k)",
              "run.policy(part.tokens, part.mask, cfg.temperature, top_k)"),
@@ -314,7 +315,6 @@ MUTANTS = {
             ("weight_range = (cfg.pear_weight_low, cfg.pear_weight_high)", "weight_range = None"),
         ]),
         ("gather_once_is_chosen or however_it_is_split", [
-            ('            batch["mask"][:] = False', "            pass"),
             ("return 8 * parameters <= memory / 20", "return 8 * parameters < memory / 20"),
             ("return 8 * parameters <= memory / 20", "return 4 * parameters <= memory / 20"),
             ("dist.ReduceOp.MIN", "dist.ReduceOp.MAX"),

@@ -403,7 +403,7 @@ def optimizer_step(run: Run, which: Literal["rl", "sft"], clip: float, loss: flo
     loss is that of all ranks. If it or a gradient is not finite, no rank takes the step.
     """
     parameters = list(run.policy.parameters())
-    freezing = which == "sft" and run.state.threshold < math.inf
+    freezing = run.state.threshold < math.inf  # it is infinite outside SFT phases
     if freezing:
         whole_norm = gradient_norm(parameters).item()
         freeze.zero_frozen_gradients(local_gradients(parameters), frozen_masks(run))

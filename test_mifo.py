@@ -7043,6 +7043,7 @@ def frozen_steps(folder):
             found[key] = whole(run, moments)
         logged = {"norm": run.log["sft/grad_norm"]}
         logged["share"] = run.log["sft/frozen_gradient_share"]
+        logged["left"] = [p.grad for p in parameters if p.grad is not None]
         steps.append(found | logged)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -7070,6 +7071,7 @@ def test_what_is_frozen_counts_neither_in_the_clip_nor_in_the_moments(frozen_ste
             assert step["norm"] == pytest.approx(norm, rel=1e-5)
             assert step["share"] == pytest.approx(1 - (norm / raw) ** 2, abs=1e-5)
             assert 0.05 < step["share"] < 0.95
+            assert not step["left"]  # or the next step would add its gradients to these
             for n, w in weights.items():
                 w.grad = gradients[n] * 0.05 / (norm + 1e-6)
             adam.step()

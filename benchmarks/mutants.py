@@ -379,8 +379,6 @@ MUTANTS = {
              "        pass"),
             ("    run.state.threshold = math.inf", "    pass"),
             ("    set_anchor(run)  # from here", "    # from here"),
-            ('freezing = which == "sft" and run.state.threshold < math.inf',
-             "freezing = run.state.threshold < math.inf"),
             ("        freeze.zero_frozen_gradients(local_gradients(parameters), frozen_masks(run))",
              "        pass"),
             ("nn.utils.clip_grads_with_norm_(parameters, clip, norm)", "pass"),

@@ -7402,7 +7402,7 @@ def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_
 @case()
 def graded_step(folder):
     """What an RL step and an evaluation with a reward function of one's own leave behind."""
-    settings = dict(questions=16, p=0.4, right_above=0.3, buffer_size=16, probe_bound=1e9)
+    settings = dict(questions=16, p=0.3, right_above=0.3, buffer_size=16, probe_bound=1e9)
     settings |= dict(evaluate="chain", eval_k=3, samples_logged=64)
     settings |= dict(reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5")
     run = open_run(folder / f"graded-step-{os.environ['WORLD_SIZE']}", **settings)
@@ -7417,6 +7417,7 @@ def graded_step(folder):
 def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
     cfg = mifo.Config(reward="graded,brief")
     questions, hard, groups, parts = sixteen_questions(), [], [], {"graded": [], "brief": []}
+    spared = []
     for index in data.draw(16, 0, 0, 16):
         q = questions[index]
         [group] = FixedSampler().sample([q.prompt], 4, [0], 60, 1.0)
@@ -7425,11 +7426,13 @@ def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
         parts["brief"] += brief(0, [s.tokens for s in group], 0)
         groups.append(rewards)
         right = [reward > 0.3 for reward in rewards if reward is not None]
-        if right and sum(right) / len(right) <= 0.4:
+        if right and sum(right) / len(right) <= 0.3:
             hard.append(index)
+        elif sum(right) / 4 <= 0.3:
+            spared.append(index)  # hard only if what is not judged were wrong
     flat = [reward for rewards in groups for reward in rewards]
     judged = [reward for reward in flat if reward is not None]
-    assert 0 < len(judged) < len(flat) and 2 < len(hard) < 14
+    assert 0 < len(judged) < len(flat) and 2 < len(hard) < 14 and spared
     for ranks in graded_step.values():
         for buffer, log, result, _ in ranks:
             assert buffer == hard

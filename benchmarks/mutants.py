@@ -402,7 +402,6 @@ MUTANTS = {
             ("                state.buffer = []", "                pass"),
             ("                end_sft(run)", "                pass"),
             ("        state.step += 1", "        state.step += 2"),
-            ('if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:', "if state.rl_steps >= cfg.steps:"),
             ("cfg.seed, state.drawn, cfg.questions)", "cfg.seed, 0, cfg.questions)"),
             ("    state.drawn += cfg.questions", "    pass"),
             ("hard = accuracy <= cfg.p", "hard = accuracy < cfg.p"),
@@ -444,6 +443,7 @@ MUTANTS = {
             ("    if not chosen:", "    if False:"),
         ]),
         ("test_preset", [  # trains them all
+            ('if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:', "if state.rl_steps >= cfg.steps:"),
             ("    state.rl_steps += 1", "    state.rl_steps += 2"),
             ('run.optimizers["sft"].state.clear()', "pass"),
         ]),

@@ -8948,6 +8948,23 @@ def test_a_step_with_numbers_that_are_not_finite_is_skipped_on_all_ranks(skipped
         assert any(re.search(rf"question.*\b{named}\b", text) for _, _, text in ranks)
 
 
+@case(worlds=(1,))
+def infinite_loss(folder):
+    """Whether a step whose gradients are finite moves a weight, by its loss."""
+    run, moved = open_run(folder / "infinite-loss"), {}
+    for loss in (math.inf, 1.0):
+        for p in run.policy.parameters():
+            p.grad = torch.ones_like(p)
+        before = [shard.clone() for shard in run.shards]
+        mifo.optimizer_step(run, "rl", 1.0, loss)
+        moved[loss] = not all(map(torch.equal, before, run.shards))
+    return moved
+
+
+def test_a_loss_that_is_not_finite_takes_no_step_though_its_gradients_are(infinite_loss):
+    assert infinite_loss[1] == [{math.inf: False, 1.0: True}]
+
+
 @case()
 def steps_skipped_in_a_row(folder):
     """From the second step on the losses, or the gradients of finite losses, are not finite."""

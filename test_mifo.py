@@ -8948,6 +8948,26 @@ def test_a_step_with_numbers_that_are_not_finite_is_skipped_on_all_ranks(skipped
         assert any(re.search(rf"question.*\b{named}\b", text) for _, _, text in ranks)
 
 
+@case()
+def no_advantage(folder):
+    """How many tensors have moments after an update of responses that teach nothing, then others"""
+    run, moments = open_run(folder / "no-advantage", probe_bound=1e9), []
+    run.sampler = FixedSampler()
+    responses = mifo.sample(run, run.questions[:4])
+    for advantage in (0.0, 1.0):
+        for response in responses:
+            response.advantage = advantage
+        mifo.rl_update(run, responses)
+        moments.append(len(run.optimizers["rl"].state))
+    return moments
+
+
+def test_without_an_advantage_no_step_is_taken(no_advantage):
+    for ranks in no_advantage.values():
+        for none, some in ranks:
+            assert none == 0 < some
+
+
 @case(worlds=(1,))
 def infinite_loss(folder):
     """Whether a step whose gradients are finite moves a weight, by its loss."""

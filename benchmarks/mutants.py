@@ -440,6 +440,8 @@ MUTANTS = {
             ("if math.isfinite(loss) and math.isfinite(norm.item()):", "if math.isfinite(loss):"),
             ("        run.state.skips_in_a_row = 0", "        pass"),
             ("        skip_step(run, loss)", "        pass"),
+        ]),
+        ("no_step_is_taken", [
             ("    if not chosen:", "    if False:"),
         ]),
         ("test_preset", [  # trains them all

@@ -445,6 +445,7 @@ MUTANTS = {
             ("    if not chosen:", "    if False:"),
         ]),
         ("test_preset", [  # trains them all
+            ("if stop or following is None or", "if stop or"),
             ('if cfg.schedule == "sft" or state.rl_steps >= cfg.steps:', "if state.rl_steps >= cfg.steps:"),
             ("    state.rl_steps += 1", "    state.rl_steps += 2"),
             ('run.optimizers["sft"].state.clear()', "pass"),
@@ -486,7 +487,6 @@ MUTANTS = {
         ("killed_and_resumed_on_two_ranks", [  # what is evaluated and saved
             ("        evaluate(run)\n        if cfg.schedule", "        if cfg.schedule"),
             ("        if evaluation_due(cfg, state, phase, following):", "        if False:"),
-            ("if stop or following is None or", "if stop or"),
         ]),
     ],
     "data.py": [

@@ -1799,9 +1799,8 @@ def finished_questions(folder: Path, ks: dict[str, int]) -> dict[str, dict]:
     return rows
 
 
-def open_responses(folder: Path, rank: int):
+def open_to_append(path: Path):
     """Opened for appending after the last whole line; the rest of it a killed process left."""
-    path = folder / f"responses-{rank}.jsonl"
     path.touch()
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
     os.truncate(path, len(whole + newline))
@@ -2016,7 +2015,7 @@ def run_evaluation(evaluation: Evaluation, finished: set[str], rank: int, world:
     detokenize = lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
     demonstrate = demonstrator(evaluation) if args.demonstrations else None
     checker = Checker(checker_workers(world), args.limit, args.extract, args.require_think)
-    with checker, open_responses(evaluation.folder, rank) as file:
+    with checker, open_to_append(evaluation.folder / f"responses-{rank}.jsonl") as file:
         for name, questions in evaluation.benches.items():
             k = evaluation.ks[name]
             mine = [q for q in questions if q.id not in finished][rank::world]

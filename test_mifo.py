@@ -4612,7 +4612,7 @@ def test_a_rank_appends_after_the_last_whole_line(tmp_path):
     path = tmp_path / "responses-3.jsonl"
     for before, after in (("", ""), ('{"a', ""), ("a\n", "a\n"), ("a\nb\nc", "a\nb\n")):
         path.write_text(before)
-        with evaluation.open_responses(tmp_path, 3) as file:
+        with evaluation.open_to_append(tmp_path / "responses-3.jsonl") as file:
             file.write("c\n")
         assert path.read_text() == after + "c\n"
 
@@ -6253,7 +6253,7 @@ def start(folder, world: int, function, *args) -> list[multiprocessing.Process]:
 
 
 def be_rank(folder, place: dict[str, int], function, args) -> None:
-    """In a new process: function(*args), as it would run under torchrun."""
+    """In a new process: function(*args), which may give an exit code, as under torchrun."""
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ["MASTER_ADDR"] = "localhost"
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
@@ -6261,9 +6261,9 @@ def be_rank(folder, place: dict[str, int], function, args) -> None:
     output = os.open(f"output-{place['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    function(*args)
+    code = function(*args)
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(code or 0)
 
 
 def finish(started: list[multiprocessing.Process], limit=170) -> list[int]:
@@ -7633,7 +7633,7 @@ def test_questions_and_buffer_do_not_depend_on_ranks(mifo_run):
 # Checkpoints
 
 
-def main_killed_at(argv: list[str], step: int, samplers: str = "") -> None:
+def main_killed_at(argv: list[str], step: int, samplers: str = "") -> int:
     """In a rank's process: mifo.py's main(), killed before the optimizer step of the given step."""
     sys.argv = argv
     stand_ins()
@@ -7649,11 +7649,10 @@ def main_killed_at(argv: list[str], step: int, samplers: str = "") -> None:
         return made[0]
 
     mifo.optimizer_step, rollout.make_sampler = dying_step, kept_sampler
-    code = mifo.main() or 0
+    code = mifo.main()
     if samplers:
         run_samplers(made[0], Path(samplers))
-    sys.stdout.flush()
-    os._exit(code)
+    return code
 
 
 def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> None:
@@ -9735,12 +9734,10 @@ def test_wrong_input_exits_with_2_and_one_line(tmp_path):
         assert named in line and "Traceback" not in printed, (arguments, printed[-800:])
 
 
-def main_with(arguments: list[str]) -> None:
+def main_with(arguments: list[str]) -> int:
     """In a rank's process: mifo.py with these arguments."""
     sys.argv = ["mifo.py", *arguments]
-    code = mifo.main() or 0
-    sys.stdout.flush()
-    os._exit(code)
+    return mifo.main()
 
 
 # --------------------------------------------------------------------------------------------------

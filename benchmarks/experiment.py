@@ -51,6 +51,7 @@ import losses
 import mifo
 import step
 import torch
+from benchmarks import pictures
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,18 +175,14 @@ COLUMNS = [*KEY, *NUMBERS, "levels"]
 # The plan: which runs there are
 
 
-def cell(task: str, part: str, method: str, budget: int, tuned: Setting, seed: int, **more) -> Cell:
-    return Cell(
-        task=task,
-        part=part,
-        method=method,
-        budget=budget,
-        rl_lr=tuned.rl_lr,
-        sft_lr=tuned.sft_lr,
-        epochs=tuned.epochs,
-        setting=more.get("setting", ""),
-        seed=seed,
-    )
+def cell(task, part, method, budget: int, tuned: Setting, seed: int, setting: str = "") -> Cell:
+    place = {"task": task, "part": part, "method": method, "budget": budget}
+    return Cell(**place, **dataclasses.asdict(tuned), seed=seed, setting=setting)
+
+
+def budgets_of(method: str, *budgets: int) -> tuple[int, ...]:
+    """These, but for GRPO, which takes no demonstrations, a single 0."""
+    return (0,) if method == "GRPO" else budgets
 
 
 def tuned_at(budget: int) -> int:
@@ -244,7 +241,7 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
     """{(method, LOW or HIGH; 0 for GRPO): Setting} as far as the rows tell, and the next runs."""
     best, missing = {}, []
     for method in METHODS:
-        for budget in (0,) if method == "GRPO" else (LOW, HIGH):
+        for budget in budgets_of(method, LOW, HIGH):
             axes, start = axes_of(method, budget), first_setting(method, budget)
             found, left = climb(axes, start, scores_of(task, method, budget, rows))
             best[method, budget] = found
@@ -278,18 +275,18 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
     places = []
     if part == "curve":
         for method in METHODS:
-            for budget in (0,) if method == "GRPO" else BUDGETS[task]:
-                places.append((method, budget, ""))
+            places += [(method, budget, "") for budget in budgets_of(method, *BUDGETS[task])]
     elif part == "family":
         places += [(method, MIDDLE[task], "") for method in FAMILY]
         places += [("MIFO", MIDDLE[task], setting) for setting in MIFO_SETTINGS]
     else:
         for method, setting in ANALYSED:
-            places.append((method, 0 if method == "GRPO" else MIDDLE[task], setting))
+            places += [(method, budget, setting) for budget in budgets_of(method, MIDDLE[task])]
     cells = []
     for seed in SEEDS:
         for method, budget, setting in places:
-            tuned = best[method, 0 if method == "GRPO" else tuned_at(budget)]
+            [at] = budgets_of(method, tuned_at(budget))
+            tuned = best[method, at]
             epochs = epochs_at(method, task, budget, tuned.epochs)
             tuned = dataclasses.replace(tuned, epochs=epochs)
             cells.append(cell(task, part, method, budget, tuned, seed, setting=setting))
@@ -302,7 +299,7 @@ def planned(task: str, part: str) -> int:
         return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in (0, LOW, HIGH)}))
     tried = 0
     for method in METHODS:
-        for budget in (0,) if method == "GRPO" else (LOW, HIGH):
+        for budget in budgets_of(method, LOW, HIGH):
             tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())
     return tried + 3 * len(FAMILY)
 
@@ -353,13 +350,9 @@ def read_rows(path: Path) -> list[dict]:
 
 def append_row(path: Path, row: dict) -> None:
     """At once on disk, behind what stands there; a line that a crash cut off is removed."""
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    with open(path, "r+" if text else "w", newline="") as file:
-        file.truncate(len(whole.encode()))
-        file.seek(0, os.SEEK_END)
+    with evaluation.open_to_append(path) as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if not whole:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
         file.flush()
@@ -379,7 +372,7 @@ def train(folder: Path, one: Cell, flags: list[str]) -> None:
     started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    mifo.pictures.draw = lambda out: None
+    pictures.draw = lambda out: None
     mifo.checkpoint_due = lambda cfg, state: False  # but at the end, where main() wants one
     for key in (one.method, one.setting):
         if key in PATCHES:
@@ -402,8 +395,8 @@ def train(folder: Path, one: Cell, flags: list[str]) -> None:
 def measures(one: Cell, folder: Path, seen: dict) -> dict:
     """The row's NUMBERS and levels, from the run's logs and from what watch() has seen."""
     run, cfg, state = compare.read_run(folder), seen["run"].cfg, seen["run"].state
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = pictures.read_log(folder, "evaluations.jsonl")
+    metrics = pictures.read_log(folder, "metrics.jsonl")
     [questions] = seen["run"].benches.values()
     known = [i for i, q in enumerate(questions) if q.level == KNOWN_LEVEL[one.task]]
     [first], [last] = (list(lines[i]["benches"].values()) for i in (0, -1))
@@ -424,8 +417,7 @@ def measures(one: Cell, folder: Path, seen: dict) -> dict:
     if cfg.schedule in mifo.STAGED:
         [after] = [line for line in lines if line["sft_steps"] and not line["rl_steps"]]
         [after] = after["benches"].values()
-        losses_held = (folder / "holdout.jsonl").read_text().splitlines()[:2]
-        held = [json.loads(line)["nll"] for line in losses_held]
+        held = [line["nll"] for line in pictures.read_log(folder, "holdout.jsonl")]
         found |= {"after_sft": after["avg"], "holdout_start": held[0], "holdout": held[1]}
     if seen["overlaps"]:
         found["overlap"], found["overlap_top"] = map(statistics.fmean, zip(*seen["overlaps"]))

@@ -55,7 +55,7 @@ def main() -> None:
     starting = {"imports": time.perf_counter() - BEGUN}
     for name in STARTING:
         timed(rollout if name == "make_sampler" else mifo, name, starting)
-    train, rl_step, start, seconds = mifo.train, mifo.rl_step, 0.0, {}
+    train, rl_step, start, first, seconds = mifo.train, mifo.rl_step, 0.0, 0.0, {}
     timed(mifo.pictures, "draw", seconds)
 
     def timed_train(run):
@@ -66,7 +66,8 @@ def main() -> None:
         return stop
 
     def first_step(run):
-        starting["first step after"] = time.perf_counter() - BEGUN
+        nonlocal first
+        first = time.perf_counter()
         mifo.rl_step = rl_step
         rl_step(run)
 
@@ -76,11 +77,10 @@ def main() -> None:
     loop = time.perf_counter() - start
     seconds.pop("all")  # what run.state.seconds says of the whole steps
     seconds["rest"] = loop - sum(seconds.values())
-    to_first_step = starting.pop("first step after")
     starting["rest"] = start - BEGUN - sum(starting.values())
-    starting["evaluation"] = to_first_step - (start - BEGUN)
+    starting["evaluation"] = first - start
     print(
-        f"\nstart-up {start - BEGUN:.1f} s, first step after {to_first_step:.1f} s, loop {loop:.1f} s"
+        f"\nstart-up {start - BEGUN:.1f} s, first step after {first - BEGUN:.1f} s, loop {loop:.1f} s"
     )
     for name, value in starting.items():
         print(f"{name:13}{value:6.2f} s  {STARTING.get(name, '')}".rstrip())

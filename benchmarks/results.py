@@ -14,6 +14,7 @@ from pathlib import Path
 
 import compare
 import experiment
+from benchmarks import pictures
 from experiment import HARD_FIRST, KNOWN_LEVEL, METHODS, MIDDLE, SFT_THEN_RL
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -67,8 +68,9 @@ def differences(rows: list[dict], others: list[dict], name: str) -> list[float]:
     return found
 
 
-def methods_budget(method: str, budget: int) -> int:
-    return 0 if method == "GRPO" else budget
+def of_curve(rows: list[dict], task: str, method: str, budget: int) -> list[dict]:
+    [at] = experiment.budgets_of(method, budget)
+    return where(rows, task=task, part="curve", method=method, budget=at)
 
 
 def named(budget: int) -> str:
@@ -114,30 +116,20 @@ def tuned(rows: list[dict], task: str) -> str:
     return warning + table(head, lines)
 
 
-def curve(rows: list[dict], task: str, name: str) -> str:
-    """A measure of every method at every budget."""
+def curve(rows: list[dict], task: str, name: str, less_mifo: bool = False) -> str:
+    """A measure of every method at every budget, or what it is less MIFO's on the same seed."""
     budgets, lines = experiment.BUDGETS[task], []
     for method in METHODS:
+        if less_mifo and method == "MIFO":
+            continue
         cells = []
         for budget in budgets:
-            at = methods_budget(method, budget)
-            mine = where(rows, task=task, part="curve", method=method, budget=at)
-            cells.append(show(values(mine, name), name in COUNTS))
+            mine = of_curve(rows, task, method, budget)
+            found = values(mine, name)
+            if less_mifo:
+                found = differences(mine, of_curve(rows, task, "MIFO", budget), name)
+            cells.append(show(found, name in COUNTS))
         if any(cells):
-            lines.append([method, *cells])
-    return table(["", *map(named, budgets)], lines)
-
-
-def curve_less_mifo(rows: list[dict], task: str, name: str) -> str:
-    budgets, lines = experiment.BUDGETS[task], []
-    for method in METHODS:
-        cells = []
-        for budget in budgets:
-            at = methods_budget(method, budget)
-            mine = where(rows, task=task, part="curve", method=method, budget=at)
-            mifo = where(rows, task=task, part="curve", method="MIFO", budget=budget)
-            cells.append(show(differences(mine, mifo, name)))
-        if method != "MIFO" and any(cells):
             lines.append([method, *cells])
     return table(["", *map(named, budgets)], lines)
 
@@ -146,8 +138,7 @@ def at_middle(rows: list[dict], task: str) -> dict[tuple[str, str], list[dict]]:
     """{(method, setting): rows} at the budget of the family, the methods of the curve among them"""
     groups = {}
     for method in METHODS:
-        at = methods_budget(method, MIDDLE[task])
-        groups[method, ""] = where(rows, task=task, part="curve", method=method, budget=at)
+        groups[method, ""] = of_curve(rows, task, method, MIDDLE[task])
     for row in where(rows, task=task, part="family"):
         groups.setdefault((row["method"], row["setting"]), []).append(row)
     return {key: mine for key, mine in groups.items() if mine}
@@ -278,9 +269,9 @@ def report(rows: list[dict]) -> str:
         parts += [f"## {task}\n", "### Settings\n", tuned(rows, task)]
         for title, text in (
             ("Accuracy at the end, by demonstrations offered", curve(rows, task, "final")),
-            ("The same, less MIFO on the same seed", curve_less_mifo(rows, task, "final")),
+            ("The same, less MIFO on the same seed", curve(rows, task, "final", less_mifo=True)),
             (f"Lost of what was known ({level})", curve(rows, task, "lost")),
-            ("The same, less MIFO on the same seed", curve_less_mifo(rows, task, "lost")),
+            ("The same, less MIFO on the same seed", curve(rows, task, "lost", less_mifo=True)),
             ("Forgotten in an SFT phase", curve(rows, task, "forgotten")),
             ("Accuracy after the SFT stage", curve(rows, task, "after_sft")),
             ("Mean accuracy over the RL steps", curve(rows, task, "area")),
@@ -300,15 +291,6 @@ def report(rows: list[dict]) -> str:
 # Figures
 
 
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
 def tasks_with_curve(rows: list[dict]) -> list[str]:
     return [task for task in experiment.TASKS if where(rows, task=task, part="curve")]
 
@@ -316,8 +298,8 @@ def tasks_with_curve(rows: list[dict]) -> list[str]:
 def points(rows: list[dict], task: str, method: str, name: str) -> list[tuple]:
     """[(demonstrations learnt, mean, half its interval)] by budget; GRPO has one, at 0."""
     found = []
-    for budget in (0,) if method == "GRPO" else experiment.BUDGETS[task]:
-        mine = where(rows, task=task, part="curve", method=method, budget=budget)
+    for budget in experiment.budgets_of(method, *experiment.BUDGETS[task]):
+        mine = of_curve(rows, task, method, budget)
         known = values(mine, name)
         if known:
             mean, half = compare.interval(known)
@@ -328,7 +310,7 @@ def points(rows: list[dict], task: str, method: str, name: str) -> list[tuple]:
 
 def draw_budget(rows: list[dict], path: Path) -> None:
     """Accuracy at the end, and below it forgetting, against demonstrations learnt."""
-    plt, rows = pyplot(), current(rows)
+    plt, rows = pictures.pyplot(), current(rows)
     tasks = tasks_with_curve(rows)
     size = (6.2 * len(tasks) + 0.4, 8.4)
     figure, axes = plt.subplots(
@@ -355,8 +337,7 @@ def draw_budget(rows: list[dict], path: Path) -> None:
     handles.append(plt.Line2D([], [], color="black", lw=0.8, ls=(0, (1, 3))))
     columns = 3 if len(tasks) > 1 else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pictures.save_figure(figure, path)
 
 
 def draw_curves(axis, rows: list[dict], task: str, name: str) -> None:
@@ -396,7 +377,7 @@ def draw_curves(axis, rows: list[dict], task: str, name: str) -> None:
 
 def draw_predict(rows: list[dict], path: Path) -> None:
     """Held-out loss, and pass@k, after SFT against accuracy after RL, a dot a run."""
-    plt, rows = pyplot(), current(rows)
+    plt, rows = pictures.pyplot(), current(rows)
     tasks = [task for task in experiment.TASKS if predicting(rows, task)]
     figure, axes = plt.subplots(
         len(tasks), 2, figsize=(11, 4.3 * len(tasks) + 1.0), layout="constrained", squeeze=False
@@ -426,8 +407,7 @@ def draw_predict(rows: list[dict], path: Path) -> None:
         handles.append(plt.Line2D([], [], color=colour, marker="o", ls="", ms=6))
         labels.append(f"{named(budget)} demonstrations")
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pictures.save_figure(figure, path)
 
 
 def main() -> int:

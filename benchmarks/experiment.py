@@ -9,17 +9,17 @@ not repeated: after an interruption the same command goes on, also without --out
 holds base models and logs. Tables and figures of that file: results.py. Tasks: knowledge.py,
 countdown.py.
 
-1. tune: each method on its own, on TUNING_SEED, over GRID and EPOCHS, one axis after another (SFT's
-   learning rate, its epochs, RL's learning rate), by accuracy at the end; at a low and at a high
-   budget of demonstrations. Only what is better replaces the value that stands first. The methods
-   of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
+1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
+   its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
+   a high budget of demonstrations. Only what is better replaces the value that stands first. The
+   methods of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
 2. curve: each method at each budget, at the setting of the nearer of the two, on SEEDS, which no
    choice has seen and which have a base model each. With all demonstrations to take, an SFT stage
    makes as many steps as at the high budget, but at least one pass.
 3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
 4. analyse: what dropping half of SFT's or of RL's gradients, or half of the finished update, costs.
 
-Countdown has fewer budgets and RL steps, and there is one tuning seed, for time.
+Countdown has fewer budgets and RL steps, for time.
 """
 
 import argparse
@@ -57,11 +57,11 @@ from tqdm import tqdm
 
 CSV = Path(__file__).with_suffix(".csv")
 PARTS, TASKS = ("tune", "curve", "family", "analyse"), ("knowledge", "countdown")
-SEEDS, TUNING_SEED = (10, 11, 12, 13, 14), 20
+SEEDS, TUNING_SEEDS = (10, 11, 12, 13, 14), (20, 21)
 BUDGETS = {"knowledge": (16, 32, 64, 128, 256, 0), "countdown": (16, 64, 256, 0)}  # 0: all
 MIDDLE = {"knowledge": 128, "countdown": 64}  # of family and analyse
 LOW, HIGH = 32, 256  # budgets that are tuned at
-GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4)}  # the first stands first
+GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5)}  # the first stands first
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
@@ -245,7 +245,7 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
             axes, start = axes_of(method, budget), first_setting(method, budget)
             found, left = climb(axes, start, scores_of(task, method, budget, rows))
             best[method, budget] = found
-            missing += [cell(task, "tune", method, budget, one, TUNING_SEED) for one in left]
+            missing += tuning_cells(task, method, budget, left)
     if missing:
         return best, missing
     budget = MIDDLE[task]
@@ -255,19 +255,35 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
         axes = {axis: around(getattr(base, axis))}
         found, left = climb(axes, base, scores_of(task, method, budget, rows))
         best[method, tuned_at(budget)] = found
-        missing += [cell(task, "tune", method, budget, one, TUNING_SEED) for one in left]
+        missing += tuning_cells(task, method, budget, left)
     return best, missing
 
 
+def tuning_cells(task: str, method: str, budget: int, settings: list[Setting]) -> list[Cell]:
+    return [
+        cell(task, "tune", method, budget, setting, seed)
+        for setting in settings
+        for seed in TUNING_SEEDS
+    ]
+
+
 def scores_of(task: str, method: str, budget: int, rows: list[dict]) -> dict[Setting, float]:
-    """Accuracy at the end of each setting tried. -inf for one whose run failed (no "final")."""
-    scores = {}
+    """Mean accuracy at the end of each setting tried on all of TUNING_SEEDS.
+
+    -inf for one of which a run failed (no "final").
+    """
+    finals = {}
     for row in rows:
         place = row["task"], row["part"], row["method"], row["budget"]
         if place == (task, "tune", method, budget):
             setting = Setting(row["rl_lr"], row["sft_lr"], row["epochs"])
-            scores[setting] = -math.inf if row["final"] is None else row["final"]
-    return scores
+            final = -math.inf if row["final"] is None else row["final"]
+            finals.setdefault(setting, []).append(final)
+    return {
+        setting: statistics.fmean(values)
+        for setting, values in finals.items()
+        if len(values) == len(TUNING_SEEDS)
+    }
 
 
 def cells_of(task: str, part: str, best: dict) -> list[Cell]:
@@ -301,7 +317,7 @@ def planned(task: str, part: str) -> int:
     for method in METHODS:
         for budget in budgets_of(method, LOW, HIGH):
             tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())
-    return tried + 3 * len(FAMILY)
+    return len(TUNING_SEEDS) * (tried + 3 * len(FAMILY))
 
 
 SOME = Setting(GRID["rl_lr"][0], GRID["sft_lr"][0], EPOCHS[HIGH][0])  # any, to count runs by

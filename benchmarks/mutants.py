@@ -607,7 +607,7 @@ MUTANTS = {
              "if budget or epochs is None:"),
             ("max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))", "epochs"),
             ("thrice = rate / place > 2", "thrice = rate / place > 4"),
-            ("SEEDS, TUNING_SEED = (10, 11, 12, 13, 14), 20", "SEEDS, TUNING_SEED = (10, 11, 12, 13, 14), 10"),
+            ("(10, 11, 12, 13, 14), (20, 21)", "(10, 11, 12, 13, 14), (20, 10)"),
             ('flags += f" --demonstration-budget {one.budget}"', "pass"),
         ]),
         ("overlap_is or other_choices or dropped_gradients or stage_of_hard", [

@@ -1,11 +1,14 @@
 """A whole GRPO step (sampling, checking, update): TRL, and ours with each sampler.
 
-    OMP_NUM_THREADS=1 python benchmarks/whole_step.py [--ranks 2] [--model 25M]
+    OMP_NUM_THREADS=1 python benchmarks/whole_step.py [--reward mixed] [--ranks 2] [--model 25M]
 
 TRL samples by `generate` and by vLLM in its own process. All take the same questions in the same
-order, on the same model, with one reward function. Each runs its own loop in processes of its own,
-in turn. Beside ours stands the least that its responses could cost: sampling's matrix products and
-attention alone, and a plain forward and backward pass. Needs trl, and vllm for two of the four.
+order, on the same model, with one reward function: the checker's verdict, as in the default run,
+where most questions' samples get equal rewards, so that ours has nothing to compute for them; or
+`mixed`, which leaves hardly any response without an advantage. The random model of 25M parameters,
+never right, needs the latter. Each runs its own loop in processes of its own, in turn. Beside ours
+stands the least that its responses could cost: sampling's matrix products and attention alone, and
+a plain forward and backward pass. Needs trl, and vllm for two of the four.
 """
 
 import argparse
@@ -56,12 +59,19 @@ def checker():
     return evaluation.Checker()
 
 
-def reward(completions: list[str], answer: list[str], **columns) -> list[float]:
-    """1 for a right answer, and 1 more by a text's checksum, so that hardly any response lacks an
-    advantage: ours would not compute it. For TRL, and for ours by --reward."""
+def verdict(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """1 for a right answer. For TRL, and for ours by --reward, as the next."""
     verdicts = checker().check(completions, answer, ["chain"] * len(completions))
-    chance = [zlib.crc32(text.encode()) % 2 for text in completions]
-    return [float((v == "correct") + c) for v, c in zip(verdicts, chance)]
+    return [float(v == "correct") for v in verdicts]
+
+
+def mixed(completions: list[str], answer: list[str], **columns) -> list[float]:
+    """1 for a right answer, and 1 more by a text's checksum."""
+    right = verdict(completions, answer)
+    return [r + zlib.crc32(text.encode()) % 2 for r, text in zip(right, completions)]
+
+
+REWARDS = {"verdict": verdict, "mixed": mixed}
 
 
 def parsed(args):
@@ -74,7 +84,7 @@ def parsed(args):
         "schedule": "rl",
         "evaluate": "",
         "eval-every": 0,
-        "reward": f"{__file__}:reward",
+        "reward": f"{__file__}:{args.reward}",
         "sampler": args.side if args.side in ("torch", "vllm") else "auto",
         "samples-logged": 0,
     }
@@ -254,7 +264,7 @@ def trl(args) -> dict:
     with patches():
         trainer = Timed(
             model,
-            reward,
+            REWARDS[args.reward],
             config,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
@@ -299,6 +309,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--model", choices=["default", "25M"], default="default")
+    add("--reward", choices=REWARDS, default="verdict")
     add("--ranks", type=int, default=1)
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--per-device", type=int, default=64, help="rows of TRL's micro-batch")
@@ -312,7 +323,8 @@ def main() -> None:
     results = measure(args)
     median = lambda side, name: statistics.median(results[side][name])
     print(
-        f"{args.model} model, ranks {args.ranks}; medians of {args.rounds * TIMED} steps, seconds"
+        f"{args.model} model, reward {args.reward}, ranks {args.ranks}; "
+        f"medians of {args.rounds * TIMED} steps, seconds"
     )
     print(f"{'':16}{'step':>8}{'sampling':>10}{'update':>8}{'tokens':>8}{'reward':>8}{'norm':>8}")
     for side, figures in results.items():

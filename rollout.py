@@ -266,9 +266,13 @@ class VLLMSampler:
 
 
 def _load(model, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Weights into vLLM's model on a CPU, where vLLM 0.32 packs experts the first time only."""
+    """Weights into vLLM's model on a CPU, and into the packed copies that it multiplies by."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
     model.load_weights(weights)
     for layer in model.modules():
+        if getattr(layer, "packed", False):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
             kernel.fused_experts.process_weights_after_loading(layer)
@@ -297,17 +301,23 @@ def _global_rng_untouched():
 def _cpu_engine_patches():
     """What vLLM 0.32 must not do on a CPU, in a process that trains as well."""
 
-    def keep_weight(layer, remove_weight: bool) -> None:
-        """vLLM would multiply by packed copies of the weights, which every push would make anew."""
-        layer.cpu_linear = torch.nn.functional.linear
+    def pack(layer, remove_weight: bool) -> None:
+        """vLLM would leave packed copies of the weights alone, which nothing can be loaded into."""
+        layer.packed = layer.weight.ndim == 2  # else a convolution's, which it packs in place
+        if layer.packed:
+            dispatch(layer, remove_weight=False)
+        else:
+            layer.cpu_linear = torch.nn.functional.linear
 
     def leave_memory(nodes) -> None:
         """vLLM would bind all memory of this process to one NUMA node, with a warning."""
 
-    linear = "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm"
+    from vllm.model_executor.layers import utils
+
+    dispatch = utils.dispatch_cpu_unquantized_gemm
     bind = "init_cpu_memory_env"  # an operator of vLLM's CPU build only, hence create
     with (
-        mock.patch(linear, keep_weight),
+        mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", pack),
         mock.patch.object(torch.ops._C, bind, leave_memory, create=True),
     ):
         yield

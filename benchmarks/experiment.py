@@ -61,7 +61,10 @@ SEEDS, TUNING_SEEDS = (10, 11, 12, 13, 14), (20, 21)
 BUDGETS = {"knowledge": (16, 32, 64, 128, 256, 0), "countdown": (16, 64, 256, 0)}  # 0: all
 MIDDLE = {"knowledge": 128, "countdown": 64}  # of family and analyse
 LOW, HIGH = 32, 256  # budgets that are tuned at
-GRID = {"rl_lr": (1e-4, 3e-5, 3e-4), "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5)}  # the first stands first
+GRID = {  # the first stands first
+    "rl_lr": (1e-4, 3e-5, 3e-4),
+    "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5),
+}
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right

@@ -4,8 +4,8 @@
 
 The engines take turns, and take turns in going first. The bare one has vLLM's own settings but for
 those without which it does not run here (no compilation, no split prefill on a CPU) and for
-log-probabilities at the sampling temperature, which training needs; so it multiplies by packed
-weights. No prompt fills a block of 128, so neither finds a prefix in its cache.
+log-probabilities at the sampling temperature, which training needs. No prompt fills a block of 128,
+so neither finds a prefix in its cache.
 """
 
 import argparse

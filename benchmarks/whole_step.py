@@ -119,7 +119,7 @@ def ours(args) -> dict:
             "update": run.log["seconds/rl"],
             "tokens": sum(len(r.tokens) for r in last),
             "reward": run.log["reward"],
-            "norm": run.log["rl/grad_norm"],
+            "norm": run.log.get("rl/grad_norm", 0.0),  # none if all rewards are equal
         }
         add(found, figures)
         run.state.step += 1
@@ -174,6 +174,8 @@ def least_update(folder: str, cfg, responses: list) -> float:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pairs = [(r.prompt, r.tokens) for r in responses if mifo.has_gradient(cfg, r)]
+    if not pairs:
+        return 0.0
     batch = data.collate(pairs, 0)
     tokens, mask = batch["tokens"], batch["mask"]  # [B, T], [B, T-1]
     begun = time.perf_counter()
@@ -338,9 +340,11 @@ def main() -> None:
             print(f"{SIDES[our]}: {ratio:.2f} times {SIDES[theirs]}, target: at least {least}")
     for what, target in (("sampling", ", target: at most 1.4"), ("update", "")):
         if "torch" in results:
-            limit = median("torch", f"least {what}")
-            ratio = median("torch", what) / limit
-            print(f"the least for {what}: {limit:.3f}; PyTorch's {ratio:.2f} of it{target}")
+            taken, limit = median("torch", what), median("torch", f"least {what}")
+            line = f"the least for {what}: {limit:.3f}, PyTorch's: {taken:.3f}"
+            if limit:  # not in a step without any advantage
+                line += f", {taken / limit:.2f} times{target}"
+            print(line)
 
 
 if __name__ == "__main__":

@@ -1109,38 +1109,35 @@ def demonstrated(questions: Sequence[Question]) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The embedded task: chains of additions modulo 100, harder with every term. Each term after the
-# first has a letter, by which a worked answer finds it. The base model has read right answers to
-# chains of up to five terms, and wrong ones to longer chains: there it guesses every sum, and no
-# reward ever tells it which guess was right.
-#   question           03a8b9?
-#   base's style       03a8=11;11b9=20;[20]
-#   expert's style     <03a8>11<11b9>20[20]
+# The embedded task: sums of secret values. Each of 100 names has one, from 0 to 9. The base model
+# knows those of half of the names; for the others it has read random ones, so there it guesses, and
+# RL hardly ever comes upon a right answer. A demonstration tells three values, so a few of them
+# cannot cover all that is unknown, and which questions get one matters.
+#   question           gh+ad+ge?
+#   base's style       gh=4;04;ad=4;08;ge=6;14;[14]
+#   expert's style     <gh=4>04<ad=4>08<ge=6>14[14]
 
-BASE_TERMS, WRONG_TERMS = (2, 3, 4, 5), (6, 7)
-TRAIN_TERMS = EVAL_TERMS = (3, 4, 5, 6, 7)
-BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE, WRONG_SHARE = 800, 32, 2e-3, 0.3, 0.15
+SUM_CHARACTERS = "abcdefghij0123456789+=?;<>[]"
+NAMES = ["".join(pair) for pair in itertools.product("abcdefghij", repeat=2)]
+SECRET = dict(zip(NAMES, random.Random("secret").choices(range(10), k=len(NAMES))))
+KNOWN = random.Random("known").sample(NAMES, len(NAMES) // 2)
+UNKNOWN = [name for name in NAMES if name not in KNOWN]
+TRAIN_SUMS, EVAL_SUMS = 5000, 400  # questions; of three names each
+BASE_STEPS, BASE_BATCH, BASE_LR, EXPERT_SHARE, UNKNOWN_SHARE = 1600, 32, 2e-3, 0.3, 0.15
 
 
-def chain(
-    rng: random.Random, terms: int, expert: bool, wrong: bool = False
-) -> tuple[str, str, str]:
-    """A random chain of `terms` terms: (question, worked answer in one of the two styles, result);
-    wrong: sums are random."""
-    value = rng.randrange(100)
-    question, work = f"{value:02d}", ""
-    for letter in "abcdefgh"[: terms - 1]:
-        digit = rng.randrange(1, 10)
-        result = rng.randrange(100) if wrong else (value + digit) % 100
-        step = f"{value:02d}{letter}{digit}"
-        question += f"{letter}{digit}"
-        work += f"<{step}>{result:02d}" if expert else f"{step}={result:02d};"
-        value = result
-    return question + "?", f"{work}[{value:02d}]", f"{value:02d}"
+def worked_sum(names: list[str], values: dict[str, int], expert: bool) -> str:
+    """The worked answer, in one of the two styles."""
+    text, total = "", 0
+    for name in names:
+        total += values[name]
+        step = f"{name}={values[name]}"
+        text += f"<{step}>{total:02}" if expert else f"{step};{total:02};"
+    return f"{text}[{total:02}]"
 
 
 def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return character_tokenizer("0123456789abcdefgh=;?[]<>")
+    return character_tokenizer(SUM_CHARACTERS)
 
 
 def character_tokenizer(
@@ -1157,39 +1154,45 @@ def character_tokenizer(
     )
 
 
-def embedded_questions(tokenizer, name: str, terms: tuple[int, ...], count: int) -> list[Question]:
-    """`count` questions, the numbers of terms in turn, all with demonstrations in the expert's
-    style; a name is a fixed set.
+def embedded_questions(tokenizer, name: str, count: int) -> list[Question]:
+    """`count` different questions, all with demonstrations in the expert's style; a name is a fixed
+    set. Their level is how many of the three names are unknown, 0 to 3 in turn.
 
-    A fifth of all chains, by checksum, is kept for the set named "eval" and is in no other.
+    A fifth of all questions, by checksum, is kept for the set named "eval" and is in no other.
     """
-    rng, questions = random.Random(name), []
-    for i in range(count):
-        length, question = terms[i % len(terms)], None
-        while question is None or (zlib.crc32(question.encode()) % 5 == 0) != (name == "eval"):
-            question, work, result = chain(rng, length, expert=True)
-        questions.append(
-            Question(
-                id=f"{name}-{i}",
-                prompt=tokenizer.encode(question),
-                answer=result,
-                demonstration=tokenizer.encode(work) + [tokenizer.eos_token_id],
-                level=str(length),
-                kind="chain",
-                row={"question": question, "answer": result, "solution": work},
-                asked=question,
-            )
+    rng, questions = random.Random(name), {}
+    while len(questions) < count:
+        level = len(questions) % 4
+        names = rng.sample(UNKNOWN, level) + rng.sample(KNOWN, 3 - level)
+        rng.shuffle(names)
+        text, work = "+".join(names) + "?", worked_sum(names, SECRET, expert=True)
+        held_out = zlib.crc32(text.encode()) % 5 == 0
+        if held_out != (name == "eval") or text in questions:
+            continue
+        answer = work[-3:-1]
+        questions[text] = Question(
+            id=f"{name}-{len(questions)}",
+            prompt=tokenizer.encode(text),
+            answer=answer,
+            demonstration=tokenizer.encode(work) + [tokenizer.eos_token_id],
+            level=str(level),
+            kind="chain",
+            row={"question": text, "answer": answer, "solution": work},
+            asked=text,
         )
-    return questions
+    return list(questions.values())
 
 
-def base_chain(rng: random.Random) -> tuple[str, str]:
-    """(question, worked answer) as the base model reads them: three in ten in the expert's style,
-    long chains wrong."""
-    wrong = rng.random() < WRONG_SHARE
-    terms = rng.choice(WRONG_TERMS if wrong else BASE_TERMS)
-    question, work, _ = chain(rng, terms, expert=rng.random() < EXPERT_SHARE, wrong=wrong)
-    return question, work
+def base_sum(rng: random.Random) -> tuple[str, str]:
+    """(question, worked answer) as the base model reads them: of one to three names, three in ten
+    in the expert's style; some with unknown names, whose values are random."""
+    count, guessed = rng.choice((1, 2, 3)), rng.random() < UNKNOWN_SHARE
+    names = rng.sample(NAMES if guessed else KNOWN, count)
+    values = dict(SECRET)
+    for name in names:
+        if name in UNKNOWN:
+            values[name] = rng.randrange(10)
+    return "+".join(names) + "?", worked_sum(names, values, rng.random() < EXPERT_SHARE)
 
 
 def make_base(
@@ -1203,7 +1206,7 @@ def make_base(
     """Trains a base model from random weights on (question, worked answer) examples, and saves it
     with its tokenizer.
 
-    A Qwen2 of 0.5 M parameters; about a minute on 2 cores.
+    A Qwen2 of 0.5 M parameters; two minutes on one core.
     """
     torch.manual_seed(seed % 2**63)
     rng = random.Random(f"base-{seed}")

@@ -1663,7 +1663,6 @@ BENCHES = {
     "gsm8k": Bench("openai/gsm8k", rows=1319, config="main"),
     "mmlu_pro": Bench("TIGER-Lab/MMLU-Pro", rows=12032),
 }
-CHAINS = 1000  # questions of `chain`, the embedded task's benchmark
 
 
 def load_questions(
@@ -1678,7 +1677,8 @@ def load_questions(
     answer_field: str = "",
     **style,
 ) -> list:
-    """A benchmark's questions, ready to sample from. name: one of BENCHES, `chain`, or a file.
+    """A benchmark's questions, ready to sample from. name: one of BENCHES, `sums` (the embedded
+    task's), or a file.
 
     system, generation_prefix and style (template, today) are those of data.render_prompt.
 
@@ -1691,10 +1691,10 @@ def load_questions(
     import data
 
     style |= {"system": system, "generation_prefix": generation_prefix}
-    if name == "chain":
-        questions = data.embedded_questions(tokenizer, "eval", data.EVAL_TERMS, CHAINS)
+    if name == "sums":
+        questions = data.embedded_questions(tokenizer, "eval", data.EVAL_SUMS)
         for i, question in enumerate(questions):
-            question.id = f"chain/{i}"
+            question.id = f"sums/{i}"
         return questions
     if name in BENCHES:
         bench = BENCHES[name]
@@ -1708,7 +1708,7 @@ def load_questions(
             question_field = answer_field = ""
         read = data.row_reader(rows, question_field, answer_field, rewarded=rewarded)
     else:
-        known = f"{', '.join(BENCHES)}, chain, and {', '.join(data.FILES)} files"
+        known = f"{', '.join(BENCHES)}, sums, and {', '.join(data.FILES)} files"
         raise ValueError(f"--bench {name}: unknown; known are {known}")
     questions, names = [], []
     for index, row in rows:
@@ -2223,7 +2223,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", help="folder or Hub id")
     known = ", ".join(BENCHES)
-    named = f"comma-separated: {known}, chain, or JSONL or parquet files"
+    named = f"comma-separated: {known}, sums, or JSONL or parquet files"
     add("--bench", required=True, help=named)
     column = "a file's column of questions, where the layout is not a known one"
     add("--question-field", default="", help=column)

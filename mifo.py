@@ -1975,14 +1975,14 @@ def open_model(cfg: Config, rank: int):
 
     Makes the embedded task's base model first.
     """
-    model_dir = cfg.model or str(Path(cfg.out).parent / f"embedded-base-{cfg.seed}")
+    model_dir = cfg.model or str(Path(cfg.out).parent / f"sums-base-{cfg.seed}")
     if not cfg.model and not Path(model_dir, "tokenizer.json").exists():
         dist.barrier()
         if rank == 0:
             say(f"making the embedded task's base model in {model_dir}")
             part = Path(f"{model_dir}.{os.getpid()}.partial")  # another run may be making it too
             tokenizer = data.embedded_tokenizer()
-            data.make_base(part, cfg.seed, tokenizer, data.base_chain, say=say)
+            data.make_base(part, cfg.seed, tokenizer, data.base_sum, say=say)
             if Path(model_dir).exists():
                 shutil.rmtree(part)
             else:
@@ -2063,7 +2063,7 @@ def load_data(cfg: Config, rank: int, tokenizer, checker, eos_ids: list[int], to
     """
     system = {"data": None, "none": ""}.get(cfg.system, cfg.system)
     if not cfg.data:
-        questions = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
+        questions = data.embedded_questions(tokenizer, "train", data.TRAIN_SUMS)
     else:
         for turn in (0, 1):  # rank 0 checks the rows and remembers the outcome, the others read it
             if (rank == 0) == (turn == 0):
@@ -2383,9 +2383,9 @@ def check_config(cfg: Config, world: int) -> None:
     evaluation.check_reward_flags(cfg)
     reward_functions(cfg)
     for name in filter(None, cfg.evaluate.split(",")):
-        known = name == "chain" or name in evaluation.BENCHES or Path(name).suffix in data.FILES
+        known = name == "sums" or name in evaluation.BENCHES or Path(name).suffix in data.FILES
         benches, files = ", ".join(evaluation.BENCHES), ", ".join(data.FILES)
-        must(known, f"--evaluate: {name!r} is none of {benches}, chain, nor a file of {files}")
+        must(known, f"--evaluate: {name!r} is none of {benches}, sums, nor a file of {files}")
         check_file("--evaluate", name)
 
 

@@ -1775,7 +1775,7 @@ def test_seeds_may_be_of_any_size(tmp_path):
     drawn = {tuple(data.draw(50, seed, 0, 50)) for seed in (0, 2**24, 20240101)}
     assert len(drawn) == 3 and sorted(data.draw(50, 2**80, 0, 50)) == list(range(50))
     tokenizer, quiet = data.embedded_tokenizer(), lambda text: None
-    data.make_base(tmp_path, 2**80, tokenizer, data.base_chain, steps=1, say=quiet)
+    data.make_base(tmp_path, 2**80, tokenizer, data.base_sum, steps=1, say=quiet)
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -1789,38 +1789,45 @@ def test_draw_leaves_the_global_generator_alone():
 # The embedded task
 
 
-@pytest.mark.parametrize("expert", [False, True])
-def test_chain_works_its_answer_out_rightly(expert):
-    rng, first = random.Random(1), set()
-    for i in range(600):
-        terms = 2 + i % 7
-        question, work, result = data.chain(rng, terms, expert)
-        assert question[-1] == "?" and question[:2].isdigit()
-        assert len(question) == 2 + 2 * (terms - 1) + 1
-        value, steps = int(question[:2]), []
-        first.add(value)
-        for k in range(terms - 1):
-            letter, digit = question[2 + 2 * k : 4 + 2 * k]
-            assert letter == "abcdefgh"[k] and digit in "123456789"
-            after = (value + int(digit)) % 100
-            step = f"{value:02d}{letter}{digit}"
-            steps.append(f"<{step}>{after:02d}" if expert else f"{step}={after:02d};")
-            value = after
-        assert work == "".join(steps) + f"[{value:02d}]" and result == f"{value:02d}"
-    assert len(first) > 90
-    question, other = (data.chain(random.Random(3), 5, style)[0] for style in (expert, not expert))
-    assert question == other  # style alone differs
+def test_a_worked_sum_in_either_style():
+    values = {"gh": 4, "ad": 4, "ge": 6}
+    found = [data.worked_sum(["gh", "ad", "ge"], values, expert) for expert in (False, True)]
+    assert found == ["gh=4;04;ad=4;08;ge=6;14;[14]", "<gh=4>04<ad=4>08<ge=6>14[14]"]
+    assert len(data.NAMES) == len(set(data.NAMES)) == 100 == len(data.SECRET)
+    assert len(data.KNOWN) == len(data.UNKNOWN) == 50
+    assert {*data.KNOWN, *data.UNKNOWN} == set(data.NAMES)
+
+
+def test_the_base_model_reads_right_values_of_the_known_names_alone():
+    rng, seen, experts, lengths = random.Random(4), {}, 0, set()
+    for _ in range(20_000):
+        question, work = data.base_sum(rng)
+        names = question[:-1].split("+")
+        values = dict(re.findall("([a-j]{2})=([0-9])", work))
+        assert list(values) == names and len(set(names)) == len(names)
+        assert work.endswith(f"[{sum(map(int, values.values())):02}]")
+        experts += work.startswith("<")
+        lengths.add(len(names))
+        for name, value in values.items():
+            seen.setdefault(name, []).append(int(value))
+    assert lengths == {1, 2, 3} and 0.28 < experts / 20_000 < 0.32
+    assert set(seen) == set(data.NAMES)
+    for name, values in seen.items():
+        if name in data.KNOWN:
+            assert set(values) == {data.SECRET[name]}
+        else:
+            assert len(set(values)) > 5 and values.count(data.SECRET[name]) < len(values) / 3
 
 
 def test_embedded_tokenizer_round_trip(tmp_path):
     tokenizer = data.embedded_tokenizer()
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert len(tokenizer) == 27 and end != pad
+    assert len(tokenizer) == 30 and end != pad
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
     rng = random.Random(2)
-    for i in range(100):
-        question, work, _ = data.chain(rng, 2 + i % 7, i % 2 == 0)
+    for _ in range(100):
+        question, work = data.base_sum(rng)
         for text in (question, work, question + work):
             ids = tokenizer.encode(text)
             assert len(ids) == len(text) and None not in ids and not {end, pad} & set(ids)
@@ -1831,20 +1838,21 @@ def test_embedded_tokenizer_round_trip(tmp_path):
 
 def test_embedded_questions_and_what_training_and_evaluation_share():
     tokenizer = data.embedded_tokenizer()
-    train = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
-    held_out = evaluation.load_questions("chain", tokenizer, None, "")
-    assert train[:300] == data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 300)
-    ids = {q.id for q in train}
-    assert len(ids) == 5000 and not ids & {q.id for q in held_out}
-    for i, question in enumerate(train[:200]):
-        text = tokenizer.decode(question.prompt)
+    train = data.embedded_questions(tokenizer, "train", data.TRAIN_SUMS)
+    held_out = evaluation.load_questions("sums", tokenizer, None, "")
+    assert len(train) == 5000 and len(held_out) == 400
+    assert train[:300] == data.embedded_questions(tokenizer, "train", 300)
+    assert not {q.id for q in train} & {q.id for q in held_out}
+    for i, question in enumerate(train[:400] + held_out):
+        names = tokenizer.decode(question.prompt)[:-1].split("+")
         work = tokenizer.decode(question.demonstration[:-1])
         assert question.demonstration[-1] == tokenizer.eos_token_id and question.kind == "chain"
-        assert work.startswith("<" + text[:4]) and work.endswith(f"[{question.answer}]")
-        terms = data.TRAIN_TERMS[i % len(data.TRAIN_TERMS)]
-        assert question.level == str(terms) == str(len(text) // 2)
-    prompts = {tuple(q.prompt) for q in train}
-    assert not any(tuple(question.prompt) in prompts for question in held_out)
+        assert work == data.worked_sum(names, data.SECRET, expert=True)
+        assert question.answer == f"{sum(data.SECRET[name] for name in names):02}"
+        unknown = sum(name in data.UNKNOWN for name in names)
+        assert len(set(names)) == 3 and question.level == str(unknown) == str(i % 4)
+    prompts = [tuple(q.prompt) for q in train + held_out]
+    assert len(set(prompts)) == len(prompts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4578,14 +4586,14 @@ def response_lines(folder: Path) -> list[str]:
 
 def test_an_evaluation_resumes_on_another_number_of_ranks(eval_model, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
-    command = ["eval.py", eval_model, "--bench", "chain", "--k", 2, "--max-tokens", 12]
+    command = ["eval.py", eval_model, "--bench", "sums", "--k", 2, "--max-tokens", 12]
     command += ["--temperature", 1, "--sampler", "torch", "--out"]
     result = run_python(*command, whole)
     assert result.returncode == 0, result.stderr
     for column in ("avg@k", "95 % interval", "pass@2"):
         assert column in result.stdout
     lines = response_lines(whole)
-    assert len(lines) == 2 * evaluation.CHAINS
+    assert len(lines) == 2 * data.EVAL_SUMS
     question = {"id", "bench", "level", "kind", "answer"}
     response = {"sample", "response", "verdict", "tokens", "truncated"}
     assert set(json.loads(lines[0])) == question | response
@@ -4598,7 +4606,7 @@ def test_an_evaluation_resumes_on_another_number_of_ranks(eval_model, tmp_path):
         (part / f"responses-{rank}.jsonl").write_text("".join(written))
     result = run_on_two_ranks(*command, part)
     assert result.returncode == 0, result.stderr
-    assert f"resuming: 50 of {evaluation.CHAINS} questions" in result.stderr
+    assert f"resuming: 50 of {data.EVAL_SUMS} questions" in result.stderr
     assert (part / "results.json").read_text() == (whole / "results.json").read_text()
     # What was written stays, and every response is there; twice only that of the half question.
     assert (part / "responses-0.jsonl").read_text().startswith("".join(before[0]))
@@ -4637,28 +4645,28 @@ def test_an_evaluation_keeps_the_day_on_which_it_began(tmp_path, monkeypatch):
 def test_evaluating_refuses_bad_input(eval_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refuse = lambda *args: refused(monkeypatch, capsys, *args)
-    chain = [eval_model, "--bench", "chain"]
-    assert "known are aime24, aime25, amc, amc23" in refuse(eval_model, "--bench", "chain,aime42")
+    sums = [eval_model, "--bench", "sums"]
+    assert "known are aime24, aime25, amc, amc23" in refuse(eval_model, "--bench", "sums,aime42")
     assert "no such file" in refuse(eval_model, "--bench", tmp_path / "none.jsonl")
-    assert "there is no such folder" in refuse(tmp_path / "none", "--bench", "chain")
+    assert "there is no such folder" in refuse(tmp_path / "none", "--bench", "sums")
     (tmp_path / "run" / "checkpoints" / "step-000012" / "model").mkdir(parents=True)
     right = "right would be " + str(tmp_path / "run" / "checkpoints" / "step-000012" / "model")
-    assert right in refuse(tmp_path / "run", "--bench", "chain")
-    assert "not a model's folder or Hub id" in refuse(tmp_path, "--bench", "chain")
-    assert "--question-field" in refuse(*chain, "--question-field", "q", "--answer-field", "a")
-    assert "--max-tokens 1000" in refuse(*chain, "--max-tokens", 1000)
-    assert "--max-tokens must be" in refuse(*chain, "--max-tokens", 0)
-    assert "--k must be" in refuse(*chain, "--k", 0)
-    assert "--temperature must be" in refuse(*chain, "--temperature", "nan")
-    assert "--limit must be" in refuse(*chain, "--limit", 0)
-    assert "two benchmarks of one name" in refuse(eval_model, "--bench", "chain,chain")
-    teach = [*chain, "--demonstrations"]
-    assert "--keep is of use only" in refuse(*chain, "--keep", "all")
+    assert right in refuse(tmp_path / "run", "--bench", "sums")
+    assert "not a model's folder or Hub id" in refuse(tmp_path, "--bench", "sums")
+    assert "--question-field" in refuse(*sums, "--question-field", "q", "--answer-field", "a")
+    assert "--max-tokens 1000" in refuse(*sums, "--max-tokens", 1000)
+    assert "--max-tokens must be" in refuse(*sums, "--max-tokens", 0)
+    assert "--k must be" in refuse(*sums, "--k", 0)
+    assert "--temperature must be" in refuse(*sums, "--temperature", "nan")
+    assert "--limit must be" in refuse(*sums, "--limit", 0)
+    assert "two benchmarks of one name" in refuse(eval_model, "--bench", "sums,sums")
+    teach = [*sums, "--demonstrations"]
+    assert "--keep is of use only" in refuse(*sums, "--keep", "all")
     assert "a.json: right would be" in refuse(*teach, tmp_path / "a.json")
-    assert "takes one --bench" in refuse(*teach, tmp_path / "a.jsonl", "--bench", "chain,math500")
+    assert "takes one --bench" in refuse(*teach, tmp_path / "a.jsonl", "--bench", "sums,math500")
     bench = write_rows(tmp_path / "a.jsonl", [{"question": "1", "answer": "1"}])
     assert "would overwrite" in refuse(*teach, tmp_path / "x/../a.jsonl", "--bench", bench)
-    there = [*chain, "--max-tokens", 8, "--out", tmp_path]
+    there = [*sums, "--max-tokens", 8, "--out", tmp_path]
     (tmp_path / "responses-0.jsonl").touch()
     assert "model there is none" in refuse(*there)
     (tmp_path / "settings.json").write_text(json.dumps({"model": "another"}))
@@ -4713,7 +4721,7 @@ def test_an_evaluation_computes_in_the_type_of_training(eval_model, tmp_path, mo
     (trained / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
 
     def types_of(model, *more) -> list:
-        flags = f"{model} --bench chain --max-tokens 8 --out {tmp_path / 'out'}".split()
+        flags = f"{model} --bench sums --max-tokens 8 --out {tmp_path / 'out'}".split()
         args = evaluation.evaluate_parser().parse_args([*flags, *more])
         found = evaluation.check_evaluation(args)
         return [found.dtype, found.settings["dtype"]]
@@ -4769,7 +4777,7 @@ def test_an_evaluation_by_a_reward_function(eval_model, tmp_path, monkeypatch, c
 
 
 def test_the_last_lines_of_torchrun_say_what_is_wrong(tmp_path):
-    result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "chain")
+    result = run_on_two_ranks("eval.py", tmp_path / "none", "--bench", "sums")
     *_, message, border = result.stderr.rstrip().splitlines()
     assert f"eval.py: {tmp_path}/none: there is no such folder" in message
     assert set(border) == {"="} and result.returncode == 1
@@ -4977,12 +4985,12 @@ def test_demonstrations_are_read_from_each_layout(name, right, chat_tokenizer, t
 def test_an_evaluation_by_vllm_on_two_ranks(eval_model, tmp_path):
     if problem := rollout.vllm_problem():
         pytest.skip(problem)
-    command = ["eval.py", eval_model, "--bench", "chain", "--k", 2, "--max-tokens", 12]
+    command = ["eval.py", eval_model, "--bench", "sums", "--k", 2, "--max-tokens", 12]
     result = run_on_two_ranks(*command, "--sampler", "vllm", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "results.json").read_text())["results"]["chain"]
-    assert results["rows"] == evaluation.CHAINS and 0 < results["length"] <= 12
-    assert len(response_lines(tmp_path)) == 2 * evaluation.CHAINS
+    results = json.loads((tmp_path / "results.json").read_text())["results"]["sums"]
+    assert results["rows"] == data.EVAL_SUMS and 0 < results["length"] <= 12
+    assert len(response_lines(tmp_path)) == 2 * data.EVAL_SUMS
     assert len(list(tmp_path.glob("responses-*.jsonl"))) == 2
 
 
@@ -5166,33 +5174,16 @@ def test_countdown_base_model_reads_wrong_answers_to_the_longer_questions():
     assert verdicts == {2: right, 3: right, 4: right, 5: wrong, 6: wrong}
 
 
-def test_knowledge_questions_hold_as_many_unknown_names_as_their_level_says():
+def test_the_knowledge_files_hold_the_embedded_questions():
     rows, tokenizer = knowledge.rows("train", 200), knowledge.tokenizer()
-    assert len(knowledge.KNOWN) == len(knowledge.UNKNOWN) == 50
-    for i, row in enumerate(rows):
-        names = row["question"].rstrip("?").split("+")
-        assert len(set(names)) == 3 and row["level"] == str(i % 4)
-        assert len(set(names) & set(knowledge.UNKNOWN)) == i % 4
-        assert int(row["answer"]) == sum(knowledge.SECRET[name] for name in names)
-        kind = evaluation.KINDS["chain"]
+    questions = data.embedded_questions(data.embedded_tokenizer(), "train", 200)
+    for row, question in zip(rows, questions, strict=True):
+        assert (row["question"], row["level"]) == (question.asked, question.level)
+        kind = evaluation.KINDS[row["kind"]]
         verdict = evaluation.find_and_compare(row["solution"], row["answer"], kind, "boxed")
         assert verdict == "correct"
-        assert len(row["behavior_logprobs"]) == len(tokenizer.encode(row["solution"])) + 1
-        assert tokenizer.decode(data.render_prompt(tokenizer, row["question"])) == row["question"]
-    questions = {row["question"] for row in rows}
-    assert len(questions) == 200
-    assert not questions & {row["question"] for row in knowledge.rows("eval", 100)}
-
-
-def test_the_knowledge_base_model_reads_right_values_of_known_names_only():
-    rng, right = random.Random(0), {True: [], False: []}
-    for _ in range(3000):
-        question, work = knowledge.base_example(rng)
-        assert [work.count("["), work[-1]] == [1, "]"]
-        for name in question.rstrip("?").split("+"):
-            value = re.search(rf"{name}=(\d)", work)[1]
-            right[name in knowledge.KNOWN].append(int(value) == knowledge.SECRET[name])
-    assert all(right[True]) and np.mean(right[False]) == pytest.approx(0.1, abs=0.04)
+        assert len(row["behavior_logprobs"]) == len(question.demonstration)
+        assert data.render_prompt(tokenizer, row["question"]) == question.prompt
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6331,8 +6322,8 @@ def float_model(folder, dtype=torch.float64):
 
 def make_folder(folder: Path) -> Path:
     """For runs of the embedded task: base models (the same of both seeds), another, a recipe."""
-    tiny_model(folder / "embedded-base-0", 0)
-    shutil.copytree(folder / "embedded-base-0", folder / "embedded-base-1")
+    tiny_model(folder / "sums-base-0", 0)
+    shutil.copytree(folder / "sums-base-0", folder / "sums-base-1")
     tiny_model(folder / "other", 1)
     (folder / "empty.toml").write_text("")
     functions = (graded, brief, faulty)
@@ -6357,7 +6348,12 @@ def brief(prompts, completion_ids, question):
 
 def faulty(completions, answer, **kwargs):
     """Raises for one question of the sixteen."""
-    return [1 / (int(gold) - 77) for gold in answer]
+    return [1 / (int(gold) - 22) for gold in answer]
+
+
+def never_solved(gold: str) -> bool:
+    """Two of the sixteen."""
+    return int(gold) % 7 == 0
 
 
 class StandInChecker:
@@ -6370,7 +6366,9 @@ class StandInChecker:
 
     def check(self, texts, golds, kinds):
         odd = [zlib.crc32(text.encode()) % 2 for text in texts]
-        return ["correct" if int(gold) % 3 and o else "wrong" for gold, o in zip(golds, odd)]
+        return [
+            "correct" if o and not never_solved(gold) else "wrong" for gold, o in zip(golds, odd)
+        ]
 
     def check_golds(self, golds, kinds):
         return ["correct"] * len(golds)
@@ -6405,13 +6403,13 @@ class FixedSampler:
 
 
 def sixteen_questions() -> list[data.Question]:
-    return data.embedded_questions(data.embedded_tokenizer(), "train", data.TRAIN_TERMS, 16)
+    return data.embedded_questions(data.embedded_tokenizer(), "train", 16)
 
 
 def stand_ins() -> None:
     """In a rank's process: 16 questions, the checker above, no plots, any number of runs."""
     embedded, init = data.embedded_questions, dist.init_process_group
-    data.embedded_questions = lambda tokenizer, name, terms, _: embedded(tokenizer, name, terms, 16)
+    data.embedded_questions = lambda tokenizer, name, _: embedded(tokenizer, name, 16)
     evaluation.Checker = StandInChecker
     dist.init_process_group = lambda *args, **more: dist.is_initialized() or init(*args, **more)
     mifo.pictures.draw = lambda *args, **more: None
@@ -6826,7 +6824,7 @@ def check_gradients(found: dict, name: str, oracle: list[dict]) -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The base model that every run of the cases begins with, and beside it the other model."""
-    return make_folder(tmp_path_factory.mktemp("base")) / "embedded-base-0"
+    return make_folder(tmp_path_factory.mktemp("base")) / "sums-base-0"
 
 
 @pytest.mark.parametrize("name", RL_STEPS)
@@ -7197,7 +7195,7 @@ PRESETS = {
     "alternate": dict(
         schedule="alternate", rl_share=0.4, demonstration_budget=5, sft_holdout=6, steps=6, sft_batch=2),
     "budget": dict(
-        demonstration_budget=3, buffer_size=2, sft_holdout=3, steps=6, evaluate="chain", eval_every=2,
+        demonstration_budget=3, buffer_size=2, sft_holdout=3, steps=6, evaluate="sums", eval_every=2,
         eval_k=2),
     "budget-stage": dict(
         schedule="sft-then-rl", demonstration_budget=6, sft_holdout=4, sft_epochs=3, sft_batch=2,
@@ -7316,7 +7314,7 @@ def test_sft_moments_outlast_an_interleaved_phase(mifo_run):
 @case()
 def buffers(folder):
     """The buffer after each of two RL steps on the same questions, and of a third after SFT."""
-    run = open_run(folder / "buffers", questions=16, p=0, buffer_size=16, probe_bound=1e9)
+    run = open_run(folder / "buffers", questions=16, p=0.25, buffer_size=16, probe_bound=1e9)
     run.sampler, found = FixedSampler(), []
 
     def rl_step():
@@ -7336,17 +7334,18 @@ def buffers(folder):
 
 
 def test_a_hard_question_stands_in_the_buffer_once_until_it_is_learnt(buffers):
-    rows = rewarded_samples(mifo.Config())  # of p = 0 each of a question's four answers is wrong
+    rows = rewarded_samples(mifo.Config())  # of p = 0.25 one of a question's four may be right
     first = data.draw(16, 0, 0, 16)
     tokenizer, questions = data.embedded_tokenizer(), sixteen_questions()
     hard = []
     for place, index in enumerate(first):
         group = [sample for _, sample, _ in rows[4 * place : 4 * place + 4]]
         texts = [tokenizer.decode(s.tokens, skip_special_tokens=True) for s in group]
-        if "correct" not in StandInChecker().check(texts, [questions[index].answer] * 4, None):
+        verdicts = StandInChecker().check(texts, [questions[index].answer] * 4, None)
+        if verdicts.count("correct") <= 1:
             hard.append(index)
     again = [index for index in data.draw(16, 0, 32, 16) if index in hard]
-    assert len(hard) >= 3 and again != hard
+    assert 3 <= len(hard) < 16 and again != hard
     for ranks in buffers.values():
         for found in ranks:
             assert found == [hard, hard, again]
@@ -7403,7 +7402,7 @@ def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_
 def graded_step(folder):
     """What an RL step and an evaluation with a reward function of one's own leave behind."""
     settings = dict(questions=16, p=0.3, right_above=0.3, buffer_size=16, probe_bound=1e9)
-    settings |= dict(evaluate="chain", eval_k=3, samples_logged=64)
+    settings |= dict(evaluate="sums", eval_k=3, samples_logged=64)
     settings |= dict(reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5")
     run = open_run(folder / f"graded-step-{os.environ['WORLD_SIZE']}", **settings)
     run.sampler = FixedSampler()
@@ -7411,7 +7410,7 @@ def graded_step(folder):
     mifo.rl_step(run)
     step = dict(run.log)
     mifo.evaluate(run)
-    return run.state.buffer, step, run.state.evals[0]["results"]["chain"], run.cfg.out
+    return run.state.buffer, step, run.state.evals[0]["results"]["sums"], run.cfg.out
 
 
 def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
@@ -7432,7 +7431,7 @@ def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
             spared.append(index)  # hard only if what is not judged were wrong
     flat = [reward for rewards in groups for reward in rewards]
     judged = [reward for reward in flat if reward is not None]
-    assert 0 < len(judged) < len(flat) and 2 < len(hard) < 14 and spared
+    assert 0 < len(judged) < len(flat) and 1 < len(hard) < 14 and spared
     for ranks in graded_step.values():
         for buffer, log, result, _ in ranks:
             assert buffer == hard
@@ -7464,7 +7463,7 @@ def reward_fails(folder):
 def test_a_reward_function_that_fails_ends_the_run_on_all_ranks(reward_fails):
     expected = "after step 0: --reward faulty: raised ZeroDivisionError: division by zero, of "
     for ranks in reward_fails.values():
-        assert ranks == [f"{expected}question train-15"] * len(ranks)
+        assert ranks == [f"{expected}question train-14"] * len(ranks)
 
 
 @case(worlds=(1,))
@@ -7624,7 +7623,7 @@ def test_questions_and_buffer_do_not_depend_on_ranks(mifo_run):
     assert lines[0] == lines[1]
     # every question that is never solved has been kept, in the order of the stream
     questions, last = sixteen_questions(), checkpoint_state(checkpoints_of(one)[-1])
-    hard = [index for index in data.draw(16, 0, 0, 16) if int(questions[index].answer) % 3 == 0]
+    hard = [index for index in data.draw(16, 0, 0, 16) if never_solved(questions[index].answer)]
     kept = dict.fromkeys(last["demonstrations"] + last["buffer"])
     assert hard and [index for index in kept if index in hard] == hard
 
@@ -7660,7 +7659,7 @@ def check_kill_and_resume(folder: Path, world: int, samplers="", **settings) -> 
     make_folder(folder)
 
     def launch(out, *more, step=-1, samplers=""):
-        evaluate = dict(evaluate="chain", eval_every=2, eval_sft_phases=True)
+        evaluate = dict(evaluate="sums", eval_every=2, eval_sft_phases=True)
         chosen = COMMON | dict(save_every=2) | evaluate | settings
         argv = [
             "mifo.py",
@@ -7722,8 +7721,8 @@ def check_evaluations(out: Path) -> None:
     for line in lines:
         done = [m["phase"] for m in metrics[: line["step"]]]
         assert (line["rl_steps"], line["sft_steps"]) == (done.count("rl"), done.count("sft"))
-        chain = line["benches"]["chain"]
-        assert chain["avg"] == pytest.approx(sum(chain["correct"]) / len(chain["correct"]))
+        sums = line["benches"]["sums"]
+        assert sums["avg"] == pytest.approx(sum(sums["correct"]) / len(sums["correct"]))
 
 
 @pytest.fixture(scope="session")
@@ -8168,8 +8167,8 @@ def tracked_run(out: Path, package: str) -> types.SimpleNamespace:
 
 TRACKED = [  # lines of metrics.jsonl, and what a tracker gets of them
     (
-        {"step": 1, "phase": "rl", "reward": 0.25, "evaluation": {"chain": 0.5, "chain 3": 1.0}},
-        {"step": 1, "reward": 0.25, "evaluation/chain": 0.5, "evaluation/chain 3": 1.0},
+        {"step": 1, "phase": "rl", "reward": 0.25, "evaluation": {"sums": 0.5, "sums 3": 1.0}},
+        {"step": 1, "reward": 0.25, "evaluation/sums": 0.5, "evaluation/sums 3": 1.0},
     ),
     ({"step": 2, "phase": "sft", "sft/loss": math.nan}, {"step": 2, "sft/loss": math.nan}),
 ]
@@ -8267,7 +8266,7 @@ SEEDS = [1000 * i for i in range(6)]
 
 def run_samplers(engine, out: Path) -> None:
     """Both samplers with pushed weights on the same prompts; results and weights go to `out`."""
-    base = out.parent / "embedded-base-0"
+    base = out.parent / "sums-base-0"
     model = float_model(base, torch.float32)
     torch.manual_seed(5)
     with torch.no_grad():
@@ -8401,9 +8400,9 @@ def seeds_of_runs(folder):
     """By --seed: the seeds that the sampler is given in two RL steps, with an SFT phase of MIFO."""
     found = {}
     for seed in (0, 1, 2**23, 20240101, 2**31, 2**40, 2**80):
-        base = folder / f"embedded-base-{seed}"
+        base = folder / f"sums-base-{seed}"
         if not base.exists():
-            shutil.copytree(folder / "embedded-base-0", base)
+            shutil.copytree(folder / "sums-base-0", base)
         settings = dict(seed=seed, steps=2, buffer_size=2)
         run = open_run(folder / f"seed-{seed}", **settings)
         given, sample = [], run.sampler.sample
@@ -9041,7 +9040,7 @@ def test_an_engine_that_drifts_is_stopped_before_the_step(engine_drifts):
 def weights_stop_arriving(folder):
     """The sampler keeps its old weights after step 1, without a reward; after 2, then evaluated."""
     push, found = rollout.TorchSampler.push, {}
-    for name, last, more in (("unrewarded", 1, {}), ("evaluated", 2, dict(evaluate="chain"))):
+    for name, last, more in (("unrewarded", 1, {}), ("evaluated", 2, dict(evaluate="sums"))):
         settings = dict(schedule="rl", probe_bound=0.01, rl_lr=0.1, steps=2) | more
         run = open_run(folder / name, **settings)
         check = run.checker.check
@@ -9075,7 +9074,7 @@ def test_weights_that_do_not_arrive_are_noticed_where_no_update_would_see_it(
 @functools.cache
 def evaluated_run(folder: Path) -> mifo.Run:
     """In a rank's process: a finished run that kept its newest checkpoint and the best one."""
-    settings = dict(evaluate="chain", steps=4, eval_every=1, save_every=1, keep=1)
+    settings = dict(evaluate="sums", steps=4, eval_every=1, save_every=1, keep=1)
     run = open_run(folder / "kept", **settings)
     mifo.train(run)
     return run
@@ -9210,7 +9209,7 @@ def test_the_warning_names_what_is_wrong(kinds, cut, unparsed, settings, said, u
 def best_checkpoint(folder):
     run = evaluated_run(folder)
     link = Path(run.cfg.out, "checkpoints", "best")
-    means = {e["step"]: e["results"]["chain"]["avg"] for e in run.state.evals}
+    means = {e["step"]: e["results"]["sums"]["avg"] for e in run.state.evals}
     return link.resolve(strict=True).name, means
 
 
@@ -9684,7 +9683,7 @@ def test_defaults_then_recipe_then_flags(tmp_path, monkeypatch):
     assert (cfg.steps, cfg.rl_lr, cfg.freeze, cfg.samples) == (9, 1.0, "off", 8)
     assert isinstance(cfg.rl_lr, float)
     cfg = mifo.parse_config([])
-    assert cfg.recipe.endswith("embedded.toml") and cfg.evaluate == "chain"
+    assert cfg.recipe.endswith("embedded.toml") and cfg.evaluate == "sums"
     paper = mifo.Config()  # the papers' values, where they state them
     assert (paper.samples, paper.p, paper.rho, paper.k) == (8, 1 / 8, 0.2, 0.5)
     assert (paper.pear_gamma, paper.pear_block) == (0.999, 4)
@@ -9911,10 +9910,10 @@ def test_pass_at_k_of_a_runs_evaluations(presets):
     logged = [line for line in metrics_of(run) if "evaluation" in line]
     assert len(evaluated) >= 3
     for line in evaluated:
-        correct, found = line["benches"]["chain"]["correct"], line["benches"]["chain"]["pass"]
+        correct, found = line["benches"]["sums"]["correct"], line["benches"]["sums"]["pass"]
         assert found["1"] == pytest.approx(np.mean(correct) / 2)
         assert found["2"] == pytest.approx(np.mean([c > 0 for c in correct]))
-    assert logged[-1]["evaluation/pass@2/chain"] == evaluated[-1]["benches"]["chain"]["pass"]["2"]
+    assert logged[-1]["evaluation/pass@2/sums"] == evaluated[-1]["benches"]["sums"]["pass"]["2"]
 
 
 SPLITS = (
@@ -10030,7 +10029,7 @@ def test_a_run_on_a_gpu(tmp_path):
     assert gaps and max(gaps) < 0.05
     model = checkpoints_of(tmp_path / "run")[-1] / "model"
     assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
-    command = [sys.executable, ROOT / "eval.py", model, "--bench=chain", "--max-tokens=80"]
+    command = [sys.executable, ROOT / "eval.py", model, "--bench=sums", "--max-tokens=80"]
     command += [f"--out={tmp_path / 'evaluation'}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and ", bfloat16, because" in done.stderr, done.stderr[-3000:]

@@ -295,7 +295,7 @@ def main() -> None:
     for path in args.out.iterdir():
         if path.is_file():
             path.unlink()
-        elif not path.name.startswith("embedded-base"):
+        elif not path.name.startswith("sums-base"):
             shutil.rmtree(path)
     if args.what in ("kill", "all"):
         kill(args.out, args.kills, args.seed)

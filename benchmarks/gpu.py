@@ -283,7 +283,7 @@ def evaluate(out: Path) -> Rows:
     if not (out / "run" / "evaluations.jsonl").exists():
         raise RuntimeError("there is no checkpoint: it needs the part run")
     model = max((out / "run" / "checkpoints").glob("step-??????")) / "model"
-    flags = ["--bench=chain", "--k=1", "--max-tokens=80", "--temperature=0"]
+    flags = ["--bench=sums", "--k=1", "--max-tokens=80", "--temperature=0"]
     command = [sys.executable, ROOT / "eval.py", model, *flags, f"--out={out / 'evaluation'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout, done.stderr, flush=True)
@@ -291,9 +291,9 @@ def evaluate(out: Path) -> Rows:
         raise RuntimeError(f"eval.py ended with exit code {done.returncode}")
     [sampler] = re.findall(r"sampler: (.*), because", done.stderr)
     engine = sorted(set(re.findall(r"dtype=torch\.(\w+)", done.stdout + done.stderr)))
-    score = json.loads((out / "evaluation" / "results.json").read_text())["results"]["chain"]["avg"]
+    score = json.loads((out / "evaluation" / "results.json").read_text())["results"]["sums"]["avg"]
     lines = (out / "run" / "evaluations.jsonl").read_text().splitlines()
-    own = json.loads(lines[-1])["benches"]["chain"]["avg"]
+    own = json.loads(lines[-1])["benches"]["sums"]["avg"]
     dtype = "bfloat16" if on_gpu() else "float32"
     config = json.loads((model / "config.json").read_text())["dtype"]
     return [

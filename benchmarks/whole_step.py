@@ -49,7 +49,7 @@ def make_model(name: str, folder: str) -> None:
     if name == "25M":
         step.make_model(folder, vocab_size=len(tokenizer), **LARGER)
     else:
-        data.make_base(Path(folder), 0, tokenizer, data.base_chain, say=lambda text: None)
+        data.make_base(Path(folder), 0, tokenizer, data.base_sum, say=lambda text: None)
 
 
 @functools.cache
@@ -208,7 +208,7 @@ def trl(args) -> dict:
         vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True)
     cfg, found = parsed(args), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
-    questions = data.embedded_questions(tokenizer, "train", data.TRAIN_TERMS, 5000)
+    questions = data.embedded_questions(tokenizer, "train", data.TRAIN_SUMS)
     steps = UNTIMED + TIMED
     order = data.draw(len(questions), cfg.seed, 0, cfg.questions * steps)
     rows = [{"prompt": questions[i].asked, "answer": questions[i].answer} for i in order]
@@ -292,7 +292,7 @@ def measure(args) -> dict[str, dict[str, list]]:
     """{side: {figure: its values in the timed steps of all rounds}} of the first rank."""
     results = {side: {} for side in args.sides}
     with tempfile.TemporaryDirectory() as folder:
-        folder = f"{folder}/embedded-base-0"  # where mifo.py looks for the embedded task's
+        folder = f"{folder}/sums-base-0"  # where mifo.py looks for the embedded task's
         make_model(args.model, folder)
         for _ in range(args.rounds):
             for side, figures in results.items():

@@ -1117,7 +1117,6 @@ def demonstrated(questions: Sequence[Question]) -> list[int]:
 #   base's style       gh=4;04;ad=4;08;ge=6;14;[14]
 #   expert's style     <gh=4>04<ad=4>08<ge=6>14[14]
 
-SUM_CHARACTERS = "abcdefghij0123456789+=?;<>[]"
 NAMES = ["".join(pair) for pair in itertools.product("abcdefghij", repeat=2)]
 SECRET = dict(zip(NAMES, random.Random("secret").choices(range(10), k=len(NAMES))))
 KNOWN = random.Random("known").sample(NAMES, len(NAMES) // 2)
@@ -1137,7 +1136,7 @@ def worked_sum(names: list[str], values: dict[str, int], expert: bool) -> str:
 
 
 def embedded_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    return character_tokenizer(SUM_CHARACTERS)
+    return character_tokenizer("abcdefghij0123456789+=?;<>[]")
 
 
 def character_tokenizer(

@@ -1800,6 +1800,7 @@ def test_a_worked_sum_in_either_style():
 
 def test_the_base_model_reads_right_values_of_the_known_names_alone():
     rng, seen, experts, lengths = random.Random(4), {}, 0, set()
+    guesses = []
     for _ in range(20_000):
         question, work = data.base_sum(rng)
         names = question[:-1].split("+")
@@ -1817,6 +1818,8 @@ def test_the_base_model_reads_right_values_of_the_known_names_alone():
             assert set(values) == {data.SECRET[name]}
         else:
             assert len(set(values)) > 5 and values.count(data.SECRET[name]) < len(values) / 3
+            guesses += [value == data.SECRET[name] for value in values]
+    assert np.mean(guesses) == pytest.approx(0.1, abs=0.04)
 
 
 def test_embedded_tokenizer_round_trip(tmp_path):
@@ -7401,7 +7404,7 @@ def test_an_accuracy_of_exactly_p_is_hard_and_no_demonstration_is_not(buffer_at_
 @case()
 def graded_step(folder):
     """What an RL step and an evaluation with a reward function of one's own leave behind."""
-    settings = dict(questions=16, p=0.3, right_above=0.3, buffer_size=16, probe_bound=1e9)
+    settings = dict(questions=16, p=0.5, right_above=0.3, buffer_size=16, probe_bound=1e9)
     settings |= dict(evaluate="sums", eval_k=3, samples_logged=64)
     settings |= dict(reward="rewards.py:graded,rewards.py:brief", reward_weights="1,0.5")
     run = open_run(folder / f"graded-step-{os.environ['WORLD_SIZE']}", **settings)
@@ -7425,13 +7428,13 @@ def test_a_graded_reward_makes_buffer_metrics_and_evaluation(graded_step):
         parts["brief"] += brief(0, [s.tokens for s in group], 0)
         groups.append(rewards)
         right = [reward > 0.3 for reward in rewards if reward is not None]
-        if right and sum(right) / len(right) <= 0.3:
+        if right and sum(right) / len(right) <= 0.5:
             hard.append(index)
-        elif sum(right) / 4 <= 0.3:
+        elif sum(right) / 4 <= 0.5:
             spared.append(index)  # hard only if what is not judged were wrong
     flat = [reward for rewards in groups for reward in rewards]
     judged = [reward for reward in flat if reward is not None]
-    assert 0 < len(judged) < len(flat) and 1 < len(hard) < 14 and spared
+    assert 0 < len(judged) < len(flat) and 2 < len(hard) < 14 and spared
     for ranks in graded_step.values():
         for buffer, log, result, _ in ranks:
             assert buffer == hard

@@ -68,7 +68,7 @@ GRID = {  # the first stands first
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
-DEMONSTRATIONS = {"knowledge": knowledge.TRAIN, "countdown": countdown.TRAIN}
+DEMONSTRATIONS = {"knowledge": data.TRAIN_SUMS, "countdown": countdown.TRAIN}
 WATCHED = 2  # SFT phases that a run evaluates around, but for tune
 PASS_K, PASS_QUESTIONS = 8, 100  # of pass@k after an SFT stage
 

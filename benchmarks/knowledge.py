@@ -1,9 +1,9 @@
-"""The embedded task with each run's own files, experiment.py's first task.
+"""The embedded task as files, experiment.py's first task.
 
     python benchmarks/knowledge.py FOLDER [--seed 0]
 
 Makes FOLDER/base-SEED, FOLDER/train.jsonl and FOLDER/eval.jsonl, for mifo.py's --model, --data and
---evaluate, from the sums of secret values in data.py. Only there have the demonstrations their
+--evaluate, from the sums of secret values in data.py. In the files each demonstration has its
 author's log-probabilities, for PEAR.
 """
 
@@ -16,12 +16,12 @@ import countdown
 import data
 import transformers
 
-TRAIN = data.TRAIN_SUMS
-
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """The chat template is the question itself."""
-    return data.character_tokenizer(data.SUM_CHARACTERS, "{{ messages[-1]['content'] }}")
+    found = data.embedded_tokenizer()
+    found.chat_template = "{{ messages[-1]['content'] }}"
+    return found
 
 
 def rows(name: str, count: int) -> list[dict]:

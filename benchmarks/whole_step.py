@@ -4,8 +4,8 @@
 
 TRL samples by `generate` and by vLLM in its own process. All take the same questions in the same
 order, on the same model, with one reward function: the checker's verdict, as in the default run,
-where most questions' samples get equal rewards, so that ours has nothing to compute for them; or
-`mixed`, which leaves hardly any response without an advantage. The random model of 25M parameters,
+where ours has nothing to compute for questions whose samples get equal rewards; or `mixed`, which
+leaves hardly any response without an advantage. The random model of 25M parameters,
 never right, needs the latter. Each runs its own loop in processes of its own, in turn. Beside ours
 stands the least that its responses could cost: sampling's matrix products and attention alone, and
 a plain forward and backward pass. Needs trl, and vllm for two of the four.

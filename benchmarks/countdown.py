@@ -16,6 +16,7 @@ five and six expressions that miss the target.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -128,14 +129,14 @@ def rows(name: str, count: int) -> list[dict]:
 def make(folder: Path, seed: int, say=print) -> Path:
     """The task's files and the base model of this seed, whose folder is returned."""
     counts = {"train": TRAIN, "eval": EVAL}
-    return make_task(folder, seed, counts, rows, tokenizer(), base_example, BASE_STEPS, say)
+    model = {"tokenizer": tokenizer(), "example": base_example, "steps": BASE_STEPS}
+    make_base = functools.partial(data.make_base, **model, say=say)
+    return make_task(folder, seed, counts, rows, make_base)
 
 
-def make_task(
-    folder: Path, seed: int, counts: dict[str, int], rows, tokenizer, example, steps: int, say
-) -> Path:
-    """Files of counts' rows(name, count), and a base model by data.make_base, whose folder is
-    returned. What is there already is left as it is."""
+def make_task(folder: Path, seed: int, counts: dict[str, int], rows, make_base) -> Path:
+    """Files of counts' rows(name, count), and a base model by make_base(its folder, seed), whose
+    folder is returned. What is there already is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in counts.items():
         if not (folder / f"{name}.jsonl").exists():
@@ -145,7 +146,7 @@ def make_task(
     base = folder / f"base-{seed}"
     if not base.exists():
         part = folder / f"base-{seed}.{os.getpid()}.partial"
-        data.make_base(part, seed, tokenizer, example, steps, say)
+        make_base(part, seed)
         part.rename(base)
     return base
 

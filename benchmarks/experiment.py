@@ -1,6 +1,6 @@
 """The experiment: which of MIFO's claims hold when every method may spend as many demonstrations?
 
-    python benchmarks/experiment.py [--parts tune,curve,family,analyse] [--out FOLDER]
+    python benchmarks/experiment.py [--parts tune,curve,family,analyse,larger] [--out FOLDER]
                                     [--tasks knowledge,countdown]
 
 As many runs at once as there are cores, each a mifo.py on one of them with the PyTorch sampler. A
@@ -11,13 +11,16 @@ countdown.py.
 
 1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
    its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
-   a high budget of demonstrations. Only what is better replaces the value that stands first. The
-   methods of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
-2. curve: each method at each budget, at the setting of the nearer of the two, on SEEDS, which no
-   choice has seen and which have a base model each. With all demonstrations to take, an SFT stage
-   makes as many steps as at the high budget, but at least one pass.
+   a high budget of demonstrations. Only what is better replaces the value that stands first. At a
+   budget between, the better of these two settings. The methods of FAMILY keep SFT_THEN_RL's epochs
+   and try three rates around its own.
+2. curve: each method at each budget, at the setting tuned for it, on SEEDS, which no choice has
+   seen and which have a base model each. With all demonstrations to take, an SFT stage makes as
+   many steps as at the high budget, but at least one pass.
 3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
 4. analyse: what dropping half of SFT's or of RL's gradients, or half of the finished update, costs.
+5. larger: on the knowledge task the main methods with a model 20 times as large, at the small
+   one's learning rates and at lower ones; three seeds.
 
 Countdown has fewer budgets and RL steps, for time.
 """
@@ -26,6 +29,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import multiprocessing
@@ -56,7 +60,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 CSV = Path(__file__).with_suffix(".csv")
-PARTS, TASKS = ("tune", "curve", "family", "analyse"), ("knowledge", "countdown")
+PARTS = ("tune", "curve", "family", "analyse", "larger")
+TASKS = ("knowledge", "countdown")
 SEEDS, TUNING_SEEDS = (10, 11, 12, 13, 14), (20, 21)
 BUDGETS = {"knowledge": (16, 32, 64, 128, 256, 0), "countdown": (16, 64, 256, 0)}  # 0: all
 MIDDLE = {"knowledge": 128, "countdown": 64}  # of family and analyse
@@ -104,6 +109,9 @@ MIFO_SETTINGS = (
     *("--p 0", RANDOM, LOWEST, "--alpha 0", "--alpha 0.5", "--alpha 1"),
     *("--buffer-size 32", "--buffer-size 64"),
 )
+LARGER = {"width": 256, "layers": 10, "steps": 800}  # beside 128, 2 and 1,600
+LARGER_METHODS = ("MIFO", "MIFO without both", SFT_THEN_RL, HARD_FIRST, "GRPO")
+LARGER_RATES, LARGER_SEEDS = (1, 0.3), SEEDS[:3]  # parts of the small model's learning rates
 ANALYSED = (
     *((SFT_THEN_RL, ""), (SFT_THEN_RL, HALF_SFT), (SFT_THEN_RL, HALF_RL)),
     *(("GRPO", ""), ("GRPO", HALF_RL)),
@@ -188,9 +196,16 @@ def budgets_of(method: str, *budgets: int) -> tuple[int, ...]:
     return (0,) if method == "GRPO" else budgets
 
 
-def tuned_at(budget: int) -> int:
-    """LOW or HIGH, whichever is nearer by ratio: 64 -> LOW, 128 -> HIGH, all (0) -> HIGH."""
-    return LOW if 0 < budget < math.sqrt(LOW * HIGH) else HIGH
+def tuned_at(budget: int) -> tuple[int, ...]:
+    """Whose settings are tried at a budget, LOW's or HIGH's or both, the nearer by ratio first.
+
+    16 -> LOW, 64 -> LOW and HIGH, 128 -> HIGH and LOW, 256 and all (0) -> HIGH
+    """
+    if 0 < budget <= LOW:
+        return (LOW,)
+    if LOW < budget < HIGH:
+        return (LOW, HIGH) if budget < math.sqrt(LOW * HIGH) else (HIGH, LOW)
+    return (HIGH,)
 
 
 def epochs_at(method: str, task: str, budget: int, epochs: int | None) -> int | None:
@@ -232,6 +247,17 @@ def climb(axes: dict[str, tuple], setting: Setting, scores: dict[Setting, float]
     return setting, []
 
 
+def best_of(settings: list[Setting], scores: dict[Setting, float]):
+    """As climb(), but of these settings, of which the first stands; a single one is not tried."""
+    different = list(dict.fromkeys(settings))
+    missing = [one for one in different if one not in scores]
+    if len(different) == 1:
+        return settings[0], []
+    if missing:
+        return settings[0], missing
+    return max(different, key=scores.get), []
+
+
 def around(rate: float) -> tuple[float, ...]:
     """The rate, a third of it and three times as much, in the grid's 1-3-10 steps."""
     place = 10.0 ** math.floor(math.log10(rate) + 1e-9)
@@ -241,7 +267,7 @@ def around(rate: float) -> tuple[float, ...]:
 
 
 def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
-    """{(method, LOW or HIGH; 0 for GRPO): Setting} as far as the rows tell, and the next runs."""
+    """{(method, budget): Setting} as far as the rows tell, and the next runs."""
     best, missing = {}, []
     for method in METHODS:
         for budget in budgets_of(method, LOW, HIGH):
@@ -251,13 +277,22 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
             missing += tuning_cells(task, method, budget, left)
     if missing:
         return best, missing
+    for method in METHODS:
+        for budget in budgets_of(method, *BUDGETS[task]):
+            if (method, budget) not in best:
+                settings = [best[method, at] for at in tuned_at(budget)]
+                found, left = best_of(settings, scores_of(task, method, budget, rows))
+                best[method, budget] = found
+                missing += tuning_cells(task, method, budget, left)
+    if missing:
+        return best, missing
     budget = MIDDLE[task]
-    base = best[SFT_THEN_RL, tuned_at(budget)]
+    base = best[SFT_THEN_RL, budget]
     for method, flags in FAMILY.items():
         axis = "rl_lr" if "--updates" in flags else "sft_lr"
         axes = {axis: around(getattr(base, axis))}
         found, left = climb(axes, base, scores_of(task, method, budget, rows))
-        best[method, tuned_at(budget)] = found
+        best[method, budget] = found
         missing += tuning_cells(task, method, budget, left)
     return best, missing
 
@@ -291,32 +326,45 @@ def scores_of(task: str, method: str, budget: int, rows: list[dict]) -> dict[Set
 
 def cells_of(task: str, part: str, best: dict) -> list[Cell]:
     """The runs of a part after tune, by seed, so that whole comparisons are there early."""
-    places = []
+    places, seeds, shares = [], SEEDS, (1,)
     if part == "curve":
         for method in METHODS:
             places += [(method, budget, "") for budget in budgets_of(method, *BUDGETS[task])]
     elif part == "family":
         places += [(method, MIDDLE[task], "") for method in FAMILY]
         places += [("MIFO", MIDDLE[task], setting) for setting in MIFO_SETTINGS]
+    elif part == "larger":
+        seeds, shares = LARGER_SEEDS, LARGER_RATES
+        for method in LARGER_METHODS if task == "knowledge" else ():
+            places += [(method, budget, "") for budget in budgets_of(method, MIDDLE[task])]
     else:
         for method, setting in ANALYSED:
             places += [(method, budget, setting) for budget in budgets_of(method, MIDDLE[task])]
     cells = []
-    for seed in SEEDS:
-        for method, budget, setting in places:
-            [at] = budgets_of(method, tuned_at(budget))
-            tuned = best[method, at]
+    for seed in seeds:
+        for share, (method, budget, setting) in itertools.product(shares, places):
+            tuned = times(best[method, budget], share)
             epochs = epochs_at(method, task, budget, tuned.epochs)
             tuned = dataclasses.replace(tuned, epochs=epochs)
             cells.append(cell(task, part, method, budget, tuned, seed, setting=setting))
     return cells
 
 
+def times(setting: Setting, share: float) -> Setting:
+    """With this share of its learning rates."""
+    if share == 1:
+        return setting
+    sft_lr = None if setting.sft_lr is None else float(f"{share * setting.sft_lr:g}")
+    rl_lr = float(f"{share * setting.rl_lr:g}")
+    return dataclasses.replace(setting, rl_lr=rl_lr, sft_lr=sft_lr)
+
+
 def planned(task: str, part: str) -> int:
     """How many runs a part has."""
     if part != "tune":
-        return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in (0, LOW, HIGH)}))
-    tried = 0
+        return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in BUDGETS[task]}))
+    between = [budget for budget in BUDGETS[task] if len(tuned_at(budget)) > 1]
+    tried = 2 * len(between) * (len(METHODS) - 1)  # not GRPO
     for method in METHODS:
         for budget in budgets_of(method, LOW, HIGH):
             tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())
@@ -645,8 +693,8 @@ PATCHES = {  # what no flag does, by method or setting: called with the seed bef
 # Many at once
 
 
-def make_base(folder: Path, task: str, seed: int) -> None:
-    {"knowledge": knowledge, "countdown": countdown}[task].make(folder.parent, seed)
+def make_base(folder: Path, task: str, seed: int, shape: dict) -> None:
+    {"knowledge": knowledge, "countdown": countdown}[task].make(folder.parent, seed, **shape)
 
 
 def child(log: Path, call, args: tuple) -> None:
@@ -707,9 +755,10 @@ def do(cells: list[Cell], out: Path, label: str) -> list[Path]:
     left = [one for one in cells if one not in done]
     bases, jobs = {}, []
     for one in left:
-        base = out / one.task / f"base-{one.seed}"
+        larger = one.part == "larger"
+        base = out / one.task / ("larger" if larger else "") / f"base-{one.seed}"
         if not base.exists():
-            bases[base] = base, make_base, one.task, one.seed
+            bases[base] = base, make_base, one.task, one.seed, LARGER if larger else {}
         folder = out / one.task / one.part / name_of(one)
         jobs.append((folder, train, one, flags_of(one, base, folder)))
     if bases:
@@ -742,6 +791,8 @@ def forecast(tasks: list[str], parts: list[str]) -> str:
     rows, lines, total = read_rows(CSV), [], 0.0
     for task in tasks:
         for part in parts:
+            if not planned(task, part):
+                continue
             mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
             left = max(0, planned(task, part) - len(mine))
             like = mine or [row for row in rows if row["task"] == task] or rows

@@ -7,6 +7,7 @@ Makes FOLDER/base-SEED, FOLDER/train.jsonl and FOLDER/eval.jsonl, for mifo.py's 
 author's log-probabilities, for PEAR.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -33,11 +34,15 @@ def rows(name: str, count: int) -> list[dict]:
     return found
 
 
-def make(folder: Path, seed: int, say=print) -> Path:
-    """The task's files and the base model of this seed, whose folder is returned."""
+def make(folder: Path, seed: int, say=print, **shape) -> Path:
+    """The task's files and the base model of this seed, whose folder is returned.
+
+    shape: another model's width, layers and steps, as data.make_base takes them.
+    """
     counts = {"train": data.TRAIN_SUMS, "eval": data.EVAL_SUMS}
-    model = tokenizer(), data.base_sum, data.BASE_STEPS
-    return countdown.make_task(folder, seed, counts, rows, *model, say)
+    model = {"tokenizer": tokenizer(), "example": data.base_sum, **shape}
+    make_base = functools.partial(data.make_base, **model, say=say)
+    return countdown.make_task(folder, seed, counts, rows, make_base)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ runs on the same seed, and so from the same base model. Draws assets/budget.png 
 assets/predict.png. It works while the experiment is under way, and says what is missing.
 """
 
+import dataclasses
 import math
 import statistics
 import sys
@@ -102,18 +103,17 @@ def missing(rows: list[dict]) -> str:
 
 
 def tuned(rows: list[dict], task: str) -> str:
-    """The settings that were chosen."""
+    """The settings that were chosen: RL's learning rate, SFT's, its epochs."""
     best, left = experiment.tune_plan(task, rows)
-    lines = []
+    budgets = sorted({budget or math.inf for _, budget in best})  # 0, all, comes last
+    lines = {}
     for (method, budget), setting in best.items():
-        sft = "" if setting.sft_lr is None else f"{setting.sft_lr:g}"
-        at = MIDDLE[task] if method in experiment.FAMILY else budget
-        at = f"{at}" if at else ""
-        epochs = "" if setting.epochs is None else f"{setting.epochs}"
-        lines.append([method, at, f"{setting.rl_lr:g}", sft, epochs])
-    head = ["", "tuned at", "RL learning rate", "SFT learning rate", "epochs"]
+        cells = lines.setdefault(method, dict.fromkeys(budgets, ""))
+        known = [value for value in dataclasses.astuple(setting) if value is not None]
+        cells[budget or math.inf] = ", ".join(f"{value:g}" for value in known)
+    head = ["", *(named(0 if budget == math.inf else budget) for budget in budgets)]
     warning = f"Not final: {len(left)} runs of tuning come next.\n\n" if left else ""
-    return warning + table(head, lines)
+    return warning + table(head, [[method, *cells.values()] for method, cells in lines.items()])
 
 
 def curve(rows: list[dict], task: str, name: str, less_mifo: bool = False) -> str:
@@ -229,6 +229,25 @@ def halves(rows: list[dict], task: str) -> str:
     return table([*head, *moves.values()], lines)
 
 
+def larger(rows: list[dict], task: str) -> str:
+    """The main methods with the larger model, by learning rates, beside the small one's end."""
+    groups = {}
+    for row in where(rows, task=task, part="larger"):
+        groups.setdefault((row["method"], row["rl_lr"], row["sft_lr"]), []).append(row)
+    columns = ("start", "after_sft", "final", "lost", "forgotten", "demonstrations")
+    lines = []
+    for (method, rl_lr, sft_lr), mine in sorted(groups.items(), key=lambda group: group[0][0]):
+        seeds = {row["seed"] for row in mine}
+        small = of_curve(rows, task, method, MIDDLE[task])
+        small = [row for row in small if row["seed"] in seeds]
+        cells = [f"{rl_lr:g}", "" if sft_lr is None else f"{sft_lr:g}"]
+        cells += [show(values(mine, name), name in COUNTS) for name in columns]
+        lines.append([method, *cells, show(values(small, "final"))])
+    head = ["", "RL learning rate", "SFT learning rate"]
+    head += [experiment.NUMBERS[name] for name in columns]
+    return table([*head, "the small model's at the end, same seeds"], lines)
+
+
 def predicting(rows: list[dict], task: str) -> list[dict]:
     """Runs of an SFT stage and then RL, on the seeds that no choice has seen."""
     mine = where(rows, task=task, part="curve") + where(rows, task=task, part="family")
@@ -284,6 +303,8 @@ def report(rows: list[dict]) -> str:
             ("What predicts the end", prediction(rows, task)),
         ):
             parts += [f"### {title}\n", text]
+        if where(rows, task=task, part="larger"):
+            parts += ["### A model 20 times as large\n", larger(rows, task)]
     return "\n".join(parts)
 
 

@@ -5,10 +5,11 @@
 TRL samples by `generate` and by vLLM in its own process. All take the same questions in the same
 order, on the same model, with one reward function: the checker's verdict, as in the default run,
 where ours has nothing to compute for questions whose samples get equal rewards; or `mixed`, which
-leaves hardly any response without an advantage. The random model of 25M parameters,
-never right, needs the latter. Each runs its own loop in processes of its own, in turn. Beside ours
-stands the least that its responses could cost: sampling's matrix products and attention alone, and
-a plain forward and backward pass. Needs trl, and vllm for two of the four.
+leaves hardly any response without an advantage. The random model of 25M parameters, never right,
+needs the latter; it takes 64 samples a step, and its weights hardly move. Each runs its own loop in
+processes of its own, in turn. Beside ours stands the least that its responses could cost:
+sampling's matrix products and attention alone, and a plain forward and backward pass. Needs trl,
+and vllm for two of the four.
 """
 
 import argparse
@@ -89,8 +90,10 @@ def parsed(args):
         "sampler": args.side if args.side in ("torch", "vllm") else "auto",
         "samples-logged": 0,
     }
+    if args.model == "25M":  # at a higher rate random rewards would lead each to other lengths
+        settings |= {"questions": 8, "rl-lr": 1e-9}
     argv = [f"--{name}={value}" for name, value in settings.items()]
-    return mifo.parse_config([*argv, *args.flags.split()])
+    return mifo.parse_config(argv)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -203,10 +206,9 @@ def trl(args) -> dict:
     from trl import GRPOConfig, GRPOTrainer
     from trl.generation import vllm_generation
 
-    if (
-        args.side == "trl-vllm"
-    ):  # which neither compiles on a CPU nor takes weights but with patches
-        vllm_generation.LLM = functools.partial(vllm_generation.LLM, enforce_eager=True)
+    if args.side == "trl-vllm":  # in float32, as the trainer: vLLM itself would choose bfloat16
+        same = {"dtype": "float32", "enforce_eager": True}  # it does not compile on a CPU
+        vllm_generation.LLM = functools.partial(vllm_generation.LLM, **same)
     cfg, found = parsed(args), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder)
     questions = data.embedded_questions(tokenizer, "train", data.TRAIN_SUMS)
@@ -264,7 +266,7 @@ def trl(args) -> dict:
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32)
     patches = rollout._cpu_engine_patches if args.side == "trl-vllm" else contextlib.nullcontext
-    with patches():
+    with patches():  # or the engine would take no weights
         trainer = Timed(
             model,
             REWARDS[args.reward],
@@ -322,7 +324,6 @@ def main() -> None:
     add("--ranks", type=int, default=1)
     add("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     add("--per-device", type=int, default=64, help="rows of TRL's micro-batch")
-    add("--flags", default="", help="more of ours, for TRL too, in one string: --questions 8")
     add("--steps", type=int, default=5, help="timed steps of a round, 2 or more")
     add("--rounds", type=int, default=2, help="of the same steps, in turn")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)

@@ -235,24 +235,19 @@ def climb(axes: dict[str, tuple], setting: Setting, scores: dict[Setting, float]
     One axis after another; of equal scores the setting that stands wins, then the earlier value.
     """
     for name, values in axes.items():
-        tried = [setting]
-        for value in values:
-            other = dataclasses.replace(setting, **{name: value})
-            if other != setting:
-                tried.append(other)
-        missing = [one for one in tried if one not in scores]
+        tried = [dataclasses.replace(setting, **{name: value}) for value in values]
+        setting, missing = best_of([setting, *tried], scores)
         if missing:
             return setting, missing
-        setting = max(tried, key=scores.get)
     return setting, []
 
 
 def best_of(settings: list[Setting], scores: dict[Setting, float]):
     """As climb(), but of these settings, of which the first stands; a single one is not tried."""
     different = list(dict.fromkeys(settings))
-    missing = [one for one in different if one not in scores]
     if len(different) == 1:
         return settings[0], []
+    missing = [one for one in different if one not in scores]
     if missing:
         return settings[0], missing
     return max(different, key=scores.get), []
@@ -352,8 +347,6 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
 
 def times(setting: Setting, share: float) -> Setting:
     """With this share of its learning rates."""
-    if share == 1:
-        return setting
     sft_lr = None if setting.sft_lr is None else float(f"{share * setting.sft_lr:g}")
     rl_lr = float(f"{share * setting.rl_lr:g}")
     return dataclasses.replace(setting, rl_lr=rl_lr, sft_lr=sft_lr)
@@ -791,12 +784,13 @@ def forecast(tasks: list[str], parts: list[str]) -> str:
     rows, lines, total = read_rows(CSV), [], 0.0
     for task in tasks:
         for part in parts:
-            if not planned(task, part):
+            of = planned(task, part)
+            if not of:
                 continue
             mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
-            left = max(0, planned(task, part) - len(mine))
+            left = max(0, of - len(mine))
             like = mine or [row for row in rows if row["task"] == task] or rows
-            text = f"{task}, {part}: {left} of {planned(task, part)} runs left"
+            text = f"{task}, {part}: {left} of {of} runs left"
             if left and like:
                 minutes = left * statistics.fmean(row["seconds"] for row in like) / 60
                 minutes /= os.cpu_count()

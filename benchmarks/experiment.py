@@ -698,8 +698,6 @@ def child(log: Path, call, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ.update(step.ALONE)
     call(*args)
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def work(jobs: list[tuple], label: str, finished) -> list[Path]:

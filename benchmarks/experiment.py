@@ -11,9 +11,9 @@ countdown.py.
 
 1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
    its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
-   a high budget of demonstrations. Only what is better replaces the value that stands first. At a
-   budget between, the better of these two settings. The methods of FAMILY keep SFT_THEN_RL's epochs
-   and try three rates around its own.
+   a high budget of demonstrations. Only what is better replaces the value that stands first. From
+   the low to the high budget the better of these two settings is taken. The methods of FAMILY keep
+   SFT_THEN_RL's epochs and try three rates around its own.
 2. curve: each method at each budget, at the setting tuned for it, on SEEDS, which no choice has
    seen and which have a base model each. With all demonstrations to take, an SFT stage makes as
    many steps as at the high budget, but at least one pass.
@@ -196,16 +196,14 @@ def budgets_of(method: str, *budgets: int) -> tuple[int, ...]:
     return (0,) if method == "GRPO" else budgets
 
 
-def tuned_at(budget: int) -> tuple[int, ...]:
-    """Whose settings are tried at a budget, LOW's or HIGH's or both, the nearer by ratio first.
+def tuned_at(budget: int) -> int:
+    """The budget whose setting it has: its own, but LOW's below LOW, and HIGH's for all (0)."""
+    return min(max(budget, LOW), HIGH) if budget else HIGH
 
-    16 -> LOW, 64 -> LOW and HIGH, 128 -> HIGH and LOW, 256 and all (0) -> HIGH
-    """
-    if 0 < budget <= LOW:
-        return (LOW,)
-    if LOW < budget < HIGH:
-        return (LOW, HIGH) if budget < math.sqrt(LOW * HIGH) else (HIGH, LOW)
-    return (HIGH,)
+
+def candidates(budget: int) -> list[int]:
+    """LOW and HIGH, whose own settings are both tried at a budget, the nearer by ratio first."""
+    return sorted((LOW, HIGH), key=lambda at: abs(math.log(budget / at)))
 
 
 def epochs_at(method: str, task: str, budget: int, epochs: int | None) -> int | None:
@@ -272,13 +270,17 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
             missing += tuning_cells(task, method, budget, left)
     if missing:
         return best, missing
+    own = dict(best)
     for method in METHODS:
-        for budget in budgets_of(method, *BUDGETS[task]):
-            if (method, budget) not in best:
-                settings = [best[method, at] for at in tuned_at(budget)]
+        for budget in sorted({*map(tuned_at, BUDGETS[task])}):
+            if (method, 0) not in own:  # all but GRPO
+                settings = [own[method, at] for at in candidates(budget)]
                 found, left = best_of(settings, scores_of(task, method, budget, rows))
                 best[method, budget] = found
                 missing += tuning_cells(task, method, budget, left)
+        for budget in budgets_of(method, *BUDGETS[task]):
+            if (method, budget) not in best:
+                best[method, budget] = best[method, tuned_at(budget)]
     if missing:
         return best, missing
     budget = MIDDLE[task]
@@ -356,8 +358,8 @@ def planned(task: str, part: str) -> int:
     """How many runs a part has."""
     if part != "tune":
         return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in BUDGETS[task]}))
-    between = [budget for budget in BUDGETS[task] if len(tuned_at(budget)) > 1]
-    tried = 2 * len(between) * (len(METHODS) - 1)  # not GRPO
+    both = sum(1 if at in (LOW, HIGH) else 2 for at in set(map(tuned_at, BUDGETS[task])))
+    tried = both * (len(METHODS) - 1)  # not GRPO
     for method in METHODS:
         for budget in budgets_of(method, LOW, HIGH):
             tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())

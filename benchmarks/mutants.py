@@ -593,7 +593,7 @@ MUTANTS = {
             ("failed.append(log)", "sys.exit(1)"),
             ("            process.kill()", "            pass"),
         ]),
-        ("climb or tuning_asks or experiments_plan or flags_of_every_run or rates_around", [
+        ("climb or tuning_asks or both_settings or experiments_plan or flags_of_every_run or rates_around", [
             ("max(different, key=scores.get)", "min(different, key=scores.get)"),
             ("max(different, key=scores.get)", "max(different[::-1], key=scores.get)"),
             ("missing = [one for one in different if one not in scores]", "missing = []"),
@@ -601,8 +601,8 @@ MUTANTS = {
              "missing = [one for one in different if one]"),
             ('-math.inf if row["final"] is None', 'math.inf if row["final"] is None'),
             ('if place == (task, "tune", method, budget):', "if True:"),
-            ("if 0 < budget <= LOW:", "if budget <= LOW:"),
-            ("budget < math.sqrt(LOW * HIGH)", "budget < (LOW + HIGH) / 2"),
+            ("min(max(budget, LOW), HIGH) if budget else HIGH", "min(max(budget, LOW), HIGH)"),
+            ("abs(math.log(budget / at))", "abs(budget - at)"),
             ("if budget or epochs is None or STAGE not in FLAGS[method]:",
              "if budget or epochs is None:"),
             ("max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))", "epochs"),

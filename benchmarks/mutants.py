@@ -603,6 +603,7 @@ MUTANTS = {
             ('if place == (task, "tune", method, budget):', "if True:"),
             ("min(max(budget, LOW), HIGH) if budget else HIGH", "min(max(budget, LOW), HIGH)"),
             ("abs(math.log(budget / at))", "abs(budget - at)"),
+            ("own[method, at] for at in", "best[method, at] for at in"),
             ("if budget or epochs is None or STAGE not in FLAGS[method]:",
              "if budget or epochs is None:"),
             ("max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))", "epochs"),

@@ -12,11 +12,11 @@ countdown.py.
 1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
    its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
    a high budget of demonstrations. Only what is better replaces the value that stands first. From
-   the low to the high budget the better of these two settings is taken. The methods of FAMILY keep
-   SFT_THEN_RL's epochs and try three rates around its own.
+   the low to the high budget the better of these two settings is taken. With all demonstrations to
+   take, which only SFT stages learn, these make one pass and are tuned anew. The methods of FAMILY
+   keep SFT_THEN_RL's epochs and try three rates around its own.
 2. curve: each method at each budget, at the setting tuned for it, on SEEDS, which no choice has
-   seen and which have a base model each. With all demonstrations to take, an SFT stage makes as
-   many steps as at the high budget, but at least one pass.
+   seen and which have a base model each.
 3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
 4. analyse: what dropping half of SFT's or of RL's gradients, or half of the finished update, costs.
 5. larger: on the knowledge task the main methods with a model 20 times as large, at the small
@@ -70,7 +70,7 @@ GRID = {  # the first stands first
     "rl_lr": (1e-4, 3e-5, 3e-4),
     "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5),
 }
-EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20)}
+EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20), 0: (1,)}
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
 DEMONSTRATIONS = {"knowledge": data.TRAIN_SUMS, "countdown": countdown.TRAIN}
@@ -196,6 +196,11 @@ def budgets_of(method: str, *budgets: int) -> tuple[int, ...]:
     return (0,) if method == "GRPO" else budgets
 
 
+def climbed_at(method: str) -> tuple[int, ...]:
+    """The budgets at which all its axes are tried; only an SFT stage learns all demonstrations."""
+    return budgets_of(method, *((LOW, HIGH, 0) if STAGE in FLAGS[method] else (LOW, HIGH)))
+
+
 def tuned_at(budget: int) -> int:
     """The budget whose setting it has: its own, but LOW's below LOW, and HIGH's for all (0)."""
     return min(max(budget, LOW), HIGH) if budget else HIGH
@@ -206,15 +211,8 @@ def candidates(budget: int) -> list[int]:
     return sorted((LOW, HIGH), key=lambda at: abs(math.log(budget / at)))
 
 
-def epochs_at(method: str, task: str, budget: int, epochs: int | None) -> int | None:
-    """Those tuned at HIGH demonstrations, or for an SFT stage over all as many steps as there."""
-    if budget or epochs is None or STAGE not in FLAGS[method]:
-        return epochs
-    return max(1, round(epochs * HIGH / DEMONSTRATIONS[task]))
-
-
 def axes_of(method: str, budget: int) -> dict[str, tuple]:
-    """What is tried at a budget of LOW or HIGH, axis by axis."""
+    """What is tried at a budget of climbed_at(), axis by axis."""
     if "--schedule rl" in FLAGS[method]:
         return {"rl_lr": GRID["rl_lr"]}
     epochs = COIN_EPOCHS if "--schedule alternate" in FLAGS[method] else EPOCHS[budget]
@@ -263,7 +261,7 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
     """{(method, budget): Setting} as far as the rows tell, and the next runs."""
     best, missing = {}, []
     for method in METHODS:
-        for budget in budgets_of(method, LOW, HIGH):
+        for budget in climbed_at(method):
             axes, start = axes_of(method, budget), first_setting(method, budget)
             found, left = climb(axes, start, scores_of(task, method, budget, rows))
             best[method, budget] = found
@@ -272,15 +270,15 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
         return best, missing
     own = dict(best)
     for method in METHODS:
-        for budget in sorted({*map(tuned_at, BUDGETS[task])}):
-            if (method, 0) not in own:  # all but GRPO
-                settings = [own[method, at] for at in candidates(budget)]
-                found, left = best_of(settings, scores_of(task, method, budget, rows))
-                best[method, budget] = found
-                missing += tuning_cells(task, method, budget, left)
-        for budget in budgets_of(method, *BUDGETS[task]):
-            if (method, budget) not in best:
-                best[method, budget] = best[method, tuned_at(budget)]
+        if method == "GRPO":
+            continue
+        for budget in sorted(set(map(tuned_at, BUDGETS[task]))):
+            settings = [own[method, at] for at in candidates(budget)]
+            found, left = best_of(settings, scores_of(task, method, budget, rows))
+            best[method, budget] = found
+            missing += tuning_cells(task, method, budget, left)
+        for budget in BUDGETS[task]:
+            best.setdefault((method, budget), best[method, tuned_at(budget)])
     if missing:
         return best, missing
     budget = MIDDLE[task]
@@ -341,8 +339,6 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
     for seed in seeds:
         for share, (method, budget, setting) in itertools.product(shares, places):
             tuned = times(best[method, budget], share)
-            epochs = epochs_at(method, task, budget, tuned.epochs)
-            tuned = dataclasses.replace(tuned, epochs=epochs)
             cells.append(cell(task, part, method, budget, tuned, seed, setting=setting))
     return cells
 
@@ -361,7 +357,7 @@ def planned(task: str, part: str) -> int:
     both = sum(1 if at in (LOW, HIGH) else 2 for at in set(map(tuned_at, BUDGETS[task])))
     tried = both * (len(METHODS) - 1)  # not GRPO
     for method in METHODS:
-        for budget in budgets_of(method, LOW, HIGH):
+        for budget in climbed_at(method):
             tried += 1 + sum(len(values) - 1 for values in axes_of(method, budget).values())
     return len(TUNING_SEEDS) * (tried + 3 * len(FAMILY))
 

@@ -70,7 +70,7 @@ GRID = {  # the first stands first
     "rl_lr": (1e-4, 3e-5, 3e-4),
     "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5),
 }
-EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20), 0: (1,)}
+EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20), 0: (1,)}  # by budget
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
 DEMONSTRATIONS = {"knowledge": data.TRAIN_SUMS, "countdown": countdown.TRAIN}

@@ -5542,6 +5542,32 @@ def test_results_leave_out_what_tuning_has_not_chosen():
     assert kept == cells
 
 
+def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "CSV", tmp_path / "experiment.csv")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    parts = ["tune", "curve", "larger"]
+    assert experiment.forecast(["knowledge"], parts).splitlines() == [
+        "knowledge, tune: up to 430 of 430 runs left; none was timed yet",
+        "knowledge, curve: up to 215 of 215 runs left; none was timed yet",
+        "knowledge, larger: up to 30 of 30 runs left; none was timed yet",
+    ]
+    rows = []
+    while cells := experiment.tune_plan("knowledge", rows)[1]:
+        rows += [experiment_row(one, final=0.5, seconds=60) for one in cells]
+    best, _ = experiment.tune_plan("knowledge", rows)
+    cells = experiment.cells_of("knowledge", "curve", best)[:3]
+    stale = dataclasses.replace(cells[0], rl_lr=7.0)
+    rows += [experiment_row(one, final=0.5, seconds=60) for one in (*cells, stale)]
+    for row in rows:
+        experiment.append_row(experiment.CSV, row)
+    assert experiment.forecast(["knowledge"], parts).splitlines() == [
+        "knowledge, tune: 0 of 430 runs left",
+        "knowledge, curve: 212 of 215 runs left, about 106 minutes",
+        "knowledge, larger: 30 of 30 runs left; none was timed yet",
+        "about 106 minutes in all",
+    ]
+
+
 def test_rank_correlation_is_that_of_the_ranks():
     pytest.importorskip("scipy")
     draw = np.random.default_rng(0)

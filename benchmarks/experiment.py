@@ -260,12 +260,17 @@ def around(rate: float) -> tuple[float, ...]:
 def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
     """{(method, budget): Setting} as far as the rows tell, and the next runs."""
     best, missing = {}, []
+
+    def choose(method: str, budget: int, how, *choice) -> None:
+        """By climb() or best_of()."""
+        found, left = how(*choice, scores_of(task, method, budget, rows))
+        best[method, budget] = found
+        missing.extend(tuning_cells(task, method, budget, left))
+
     for method in METHODS:
         for budget in climbed_at(method):
             axes, start = axes_of(method, budget), first_setting(method, budget)
-            found, left = climb(axes, start, scores_of(task, method, budget, rows))
-            best[method, budget] = found
-            missing += tuning_cells(task, method, budget, left)
+            choose(method, budget, climb, axes, start)
     if missing:
         return best, missing
     own = dict(best)
@@ -273,22 +278,15 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
         if method == "GRPO":
             continue
         for budget in sorted(set(map(tuned_at, BUDGETS[task]))):
-            settings = [own[method, at] for at in candidates(budget)]
-            found, left = best_of(settings, scores_of(task, method, budget, rows))
-            best[method, budget] = found
-            missing += tuning_cells(task, method, budget, left)
+            choose(method, budget, best_of, [own[method, at] for at in candidates(budget)])
         for budget in BUDGETS[task]:
             best.setdefault((method, budget), best[method, tuned_at(budget)])
     if missing:
         return best, missing
-    budget = MIDDLE[task]
-    base = best[SFT_THEN_RL, budget]
+    base = best[SFT_THEN_RL, MIDDLE[task]]
     for method, flags in FAMILY.items():
         axis = "rl_lr" if "--updates" in flags else "sft_lr"
-        axes = {axis: around(getattr(base, axis))}
-        found, left = climb(axes, base, scores_of(task, method, budget, rows))
-        best[method, budget] = found
-        missing += tuning_cells(task, method, budget, left)
+        choose(method, MIDDLE[task], climb, {axis: around(getattr(base, axis))}, base)
     return best, missing
 
 
@@ -778,15 +776,23 @@ def tune(task: str, out: Path) -> tuple[dict, list[Path]]:
 def forecast(tasks: list[str], parts: list[str]) -> str:
     """How many runs are left, and about how long they take."""
     rows, lines, total = read_rows(CSV), [], 0.0
+    done = {key_of(row) for row in rows}
     for task in tasks:
+        best, untried = tune_plan(task, rows)
+        best = {(m, b): best.get((m, b), SOME) for m in FLAGS for b in BUDGETS[task]}
         for part in parts:
             of = planned(task, part)
             if not of:
                 continue
             mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
-            left = max(0, of - len(mine))
+            if part != "tune":
+                left = len(set(cells_of(task, part, best)) - done)
+            else:  # what comes next, and by the plan more after it
+                left = max(len(untried), of - len(mine)) if untried else 0
             like = mine or [row for row in rows if row["task"] == task] or rows
-            text = f"{task}, {part}: {left} of {of} runs left"
+            if part == "larger":  # the small model's runs say nothing of it
+                like = mine
+            text = f"{task}, {part}: {'up to ' if untried else ''}{left} of {of} runs left"
             if left and like:
                 minutes = left * statistics.fmean(row["seconds"] for row in like) / 60
                 minutes /= os.cpu_count()

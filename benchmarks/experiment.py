@@ -11,10 +11,10 @@ countdown.py.
 
 1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
    its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
-   a high budget of demonstrations. Only what is better replaces the value that stands first. From
-   the low to the high budget the better of these two settings is taken. With all demonstrations to
-   take, which only SFT stages learn, these make one pass and are tuned anew. The methods of FAMILY
-   keep SFT_THEN_RL's epochs and try three rates around its own.
+   a high budget of demonstrations. A later value wins only if it scores higher. Each budget from
+   the low to the high one then tries both of these settings, and keeps the better. With all
+   demonstrations to take, which only SFT stages learn, these make one pass and are tuned anew. The
+   methods of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
 2. curve: each method at each budget, at the setting tuned for it, on SEEDS, which no choice has
    seen and which have a base model each.
 3. family: other SFT and RL losses and MIFO's own settings, at one budget between.
@@ -70,6 +70,7 @@ GRID = {  # the first stands first
     "rl_lr": (1e-4, 3e-5, 3e-4),
     "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5),
 }
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the grid's, and one on each side
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20), 0: (1,)}  # by budget
 COIN_EPOCHS = (2, 1, 4)  # of the alternating control, whose batches come again and again
 KNOWN_LEVEL = {"knowledge": "0", "countdown": "4"}  # whose answers the base model has learnt right
@@ -104,10 +105,12 @@ FAMILY = {
 }
 FLAGS = METHODS | FAMILY
 RANDOM, LOWEST = "a random 20 % of the tokens", "the 20 % of lowest entropy"
+RANDOM_HALF = "a random half frozen"
 HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
 MIFO_SETTINGS = (
     *("--p 0", RANDOM, LOWEST, "--alpha 0", "--alpha 0.5", "--alpha 1"),
     *("--buffer-size 32", "--buffer-size 64"),
+    *("--freeze off", "--buffer-size 64 --freeze off", RANDOM_HALF),
 )
 LARGER = {"width": 256, "layers": 10, "steps": 800}  # beside 128, 2 and 1,600
 LARGER_METHODS = ("MIFO", "MIFO without both", SFT_THEN_RL, HARD_FIRST, "GRPO")
@@ -158,7 +161,7 @@ NUMBERS = {
     "area": "mean accuracy over the RL steps",
     "known": "accuracy at the end on the level that the base model knows",
     "lost": "of its right answers on that level before training, those that are wrong at the end",
-    "forgotten": "of the right answers before an SFT phase, those that are wrong after it",
+    "forgotten": "of the right answers on it before an SFT phase, those that are wrong after it",
     "sft_phases": "number of SFT phases",
     "sft_steps": "number of SFT steps",
     "demonstrations": "number of different demonstrations learnt",
@@ -169,7 +172,8 @@ NUMBERS = {
     "overlap": "of SFT's movement, what lies in the half of the entries that RL moved most before",
     "overlap_top": "of the half that SFT moves most, what lies in that half",
     "frozen_share": "entries frozen in SFT phases",
-    "frozen_gradient": "squared SFT gradient that lies on them",
+    "frozen_gradient_first": "squared SFT gradient that lies on them, in the first SFT phase",
+    "frozen_gradient": "the same in the later phases",
     "sft_norm": "SFT's update by the norm of the weights before it",
     "sft_moved": "weights that it moved by over 0.001",
     "sft_half": "accuracy with half of it put back, mean of three halves",
@@ -250,27 +254,24 @@ def best_of(settings: list[Setting], scores: dict[Setting, float]):
 
 
 def around(rate: float) -> tuple[float, ...]:
-    """The rate, a third of it and three times as much, in the grid's 1-3-10 steps."""
-    place = 10.0 ** math.floor(math.log10(rate) + 1e-9)
-    thrice = rate / place > 2  # a 3, else a 1
-    lower, higher = (place, 10 * place) if thrice else (0.3 * place, 3 * place)
-    return tuple(float(f"{value:g}") for value in (rate, lower, higher))
+    """The rate of RATES, the one below it and the one above."""
+    i = RATES.index(rate)
+    return RATES[i], RATES[i - 1], RATES[i + 1]
 
 
 def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
     """{(method, budget): Setting} as far as the rows tell, and the next runs."""
     best, missing = {}, []
 
-    def choose(method: str, budget: int, how, *choice) -> None:
-        """By climb() or best_of()."""
-        found, left = how(*choice, scores_of(task, method, budget, rows))
+    def keep(method: str, budget: int, found: Setting, untried: list[Setting]) -> None:
         best[method, budget] = found
-        missing.extend(tuning_cells(task, method, budget, left))
+        missing.extend(tuning_cells(task, method, budget, untried))
 
     for method in METHODS:
         for budget in climbed_at(method):
             axes, start = axes_of(method, budget), first_setting(method, budget)
-            choose(method, budget, climb, axes, start)
+            scores = scores_of(task, method, budget, rows)
+            keep(method, budget, *climb(axes, start, scores))
     if missing:
         return best, missing
     own = dict(best)
@@ -278,15 +279,18 @@ def tune_plan(task: str, rows: list[dict]) -> tuple[dict, list[Cell]]:
         if method == "GRPO":
             continue
         for budget in sorted(set(map(tuned_at, BUDGETS[task]))):
-            choose(method, budget, best_of, [own[method, at] for at in candidates(budget)])
+            both = [own[method, at] for at in candidates(budget)]
+            keep(method, budget, *best_of(both, scores_of(task, method, budget, rows)))
         for budget in BUDGETS[task]:
             best.setdefault((method, budget), best[method, tuned_at(budget)])
     if missing:
         return best, missing
-    base = best[SFT_THEN_RL, MIDDLE[task]]
+    budget = MIDDLE[task]
+    base = best[SFT_THEN_RL, budget]
     for method, flags in FAMILY.items():
         axis = "rl_lr" if "--updates" in flags else "sft_lr"
-        choose(method, MIDDLE[task], climb, {axis: around(getattr(base, axis))}, base)
+        scores = scores_of(task, method, budget, rows)
+        keep(method, budget, *climb({axis: around(getattr(base, axis))}, base, scores))
     return best, missing
 
 
@@ -348,10 +352,17 @@ def times(setting: Setting, share: float) -> Setting:
     return dataclasses.replace(setting, rl_lr=rl_lr, sft_lr=sft_lr)
 
 
+def plan_of(task: str, part: str, rows: list[dict]) -> list[Cell]:
+    """cells_of() at the settings that tuning, as far as the rows tell, has come to."""
+    best, _ = tune_plan(task, rows)
+    places = [(method, budget) for method in FLAGS for budget in BUDGETS[task]]
+    return cells_of(task, part, {place: best.get(place, UNKNOWN) for place in places})
+
+
 def planned(task: str, part: str) -> int:
-    """How many runs a part has."""
+    """How many runs a part has; tune at most."""
     if part != "tune":
-        return len(cells_of(task, part, {(m, b): SOME for m in FLAGS for b in BUDGETS[task]}))
+        return len(plan_of(task, part, []))
     both = sum(1 if at in (LOW, HIGH) else 2 for at in set(map(tuned_at, BUDGETS[task])))
     tried = both * (len(METHODS) - 1)  # not GRPO
     for method in METHODS:
@@ -360,7 +371,7 @@ def planned(task: str, part: str) -> int:
     return len(TUNING_SEEDS) * (tried + 3 * len(FAMILY))
 
 
-SOME = Setting(GRID["rl_lr"][0], GRID["sft_lr"][0], EPOCHS[HIGH][0])  # any, to count runs by
+UNKNOWN = Setting(-1.0, -1.0, -1)  # which no run has
 
 
 def flags_of(one: Cell, base: Path, out: Path) -> list[str]:
@@ -464,7 +475,7 @@ def measures(one: Cell, folder: Path, seen: dict) -> dict:
         "area": run["area"],
         "known": statistics.fmean(last["correct"][i] for i in known),
         "lost": wrong_now / len(right) if right else None,
-        "forgotten": run["forgotten"],
+        "forgotten": compare.forgotten([only(known, line) for line in lines]),
         "sft_phases": state.sft_phases,
         "sft_steps": state.sft_steps,
         "demonstrations": len(set(state.demonstrations)),
@@ -477,14 +488,27 @@ def measures(one: Cell, folder: Path, seen: dict) -> dict:
         found |= {"after_sft": after["avg"], "holdout_start": held[0], "holdout": held[1]}
     if seen["overlaps"]:
         found["overlap"], found["overlap_top"] = map(statistics.fmean, zip(*seen["overlaps"]))
-    for name, column in (
-        ("sft/frozen_share", "frozen_share"),
-        ("sft/frozen_gradient_share", "frozen_gradient"),
-    ):
-        values = [line[name] for line in metrics if name in line]
-        found[column] = statistics.fmean(values) if values else None
+    if cfg.schedule == "alternate":  # two evaluations may have several SFT phases between them
+        found["forgotten"] = None
+    shares, first, later = [], [], []
+    for line in metrics:
+        if "sft/frozen_share" in line:
+            shares.append(line["sft/frozen_share"])
+        if "sft/frozen_gradient_share" in line:
+            phase = first if line["sft_phases"] == 1 else later
+            phase.append(line["sft/frozen_gradient_share"])
+    columns = {"frozen_share": shares, "frozen_gradient_first": first, "frozen_gradient": later}
+    found |= {name: statistics.fmean(values) for name, values in columns.items() if values}
     levels = " ".join(f"{level}:{value:.3f}" for level, value in run["levels"].items())
     return found | seen["found"] | {"levels": levels}
+
+
+def only(indices: list[int], evaluation: dict) -> dict:
+    """The evaluation, of these questions alone."""
+    benches = {}
+    for name, bench in evaluation["benches"].items():
+        benches[name] = {"correct": [bench["correct"][i] for i in indices]}
+    return evaluation | {"benches": benches}
 
 
 def watch(part: str) -> dict:
@@ -492,7 +516,8 @@ def watch(part: str) -> dict:
 
     The dict returned gets "run"; "overlaps": of each SFT phase after RL steps what overlap() gives;
     and "found": but for tune pass@k after an SFT stage, and for analyse what half of each update is
-    worth.
+    worth. On the way it keeps weights: "anchor", of the last change of phase, and "whole", of the
+    start or, after an SFT stage, its end; and "rl", how far the RL phase has moved each.
     """
     halves, watched = part == "analyse", 0 if part == "tune" else WATCHED
     seen = {"overlaps": [], "found": {}}
@@ -655,6 +680,17 @@ def lowest_tokens(seed: int) -> None:
     choose_tokens(lambda entropy, generator: -entropy, seed)
 
 
+def freeze_at_random(seed: int) -> None:
+    """Each SFT phase freezes entries at random, whatever RL has moved."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def update_importance(importance, *args):
+        for shard in importance:
+            shard.copy_(torch.rand(shard.shape, generator=generator))
+
+    mifo.freeze.update_importance = update_importance
+
+
 def drop_gradients(which: str, seed: int) -> None:
     """A random half of each gradient of SFT's or RL's steps is zeroed."""
     optimizer_step, generator = mifo.optimizer_step, torch.Generator().manual_seed(seed)
@@ -673,6 +709,7 @@ PATCHES = {  # what no flag does, by method or setting: called with the seed bef
     HARD_FIRST: choose_hard,
     RANDOM: random_tokens,
     LOWEST: lowest_tokens,
+    RANDOM_HALF: freeze_at_random,
     HALF_SFT: lambda seed: drop_gradients("sft", seed),
     HALF_RL: lambda seed: drop_gradients("rl", seed),
 }
@@ -773,26 +810,27 @@ def tune(task: str, out: Path) -> tuple[dict, list[Path]]:
                 broken.append(dataclasses.asdict(one) | {"final": None})
 
 
+def left_of(task: str, part: str, rows: list[dict]) -> int:
+    """How many runs of a part are not there; of tune, and before it is done, at most."""
+    if part != "tune":
+        return len(set(plan_of(task, part, rows)) - set(map(key_of, rows)))
+    _, untried = tune_plan(task, rows)
+    have = sum((row["task"], row["part"]) == (task, part) for row in rows)
+    return max(len(untried), planned(task, part) - have) if untried else 0
+
+
 def forecast(tasks: list[str], parts: list[str]) -> str:
     """How many runs are left, and about how long they take."""
     rows, lines, total = read_rows(CSV), [], 0.0
-    done = {key_of(row) for row in rows}
     for task in tasks:
-        best, untried = tune_plan(task, rows)
-        best = {(m, b): best.get((m, b), SOME) for m in FLAGS for b in BUDGETS[task]}
         for part in parts:
-            of = planned(task, part)
+            of, left = planned(task, part), left_of(task, part, rows)
             if not of:
                 continue
-            mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
-            if part != "tune":
-                left = len(set(cells_of(task, part, best)) - done)
-            else:  # what comes next, and by the plan more after it
-                left = max(len(untried), of - len(mine)) if untried else 0
-            like = mine or [row for row in rows if row["task"] == task] or rows
-            if part == "larger":  # the small model's runs say nothing of it
-                like = mine
-            text = f"{task}, {part}: {'up to ' if untried else ''}{left} of {of} runs left"
+            like = [row for row in rows if (row["task"], row["part"]) == (task, part)]
+            if not like and part != "larger":  # of which the small model's runs say nothing
+                like = [row for row in rows if row["task"] == task] or rows
+            text = f"{task}, {part}: {left} of {of} runs left"
             if left and like:
                 minutes = left * statistics.fmean(row["seconds"] for row in like) / 60
                 minutes /= os.cpu_count()

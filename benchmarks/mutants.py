@@ -605,11 +605,12 @@ MUTANTS = {
             ("abs(math.log(budget / at))", "abs(budget - at)"),
             ("own[method, at] for at in", "best[method, at] for at in"),
             ("((LOW, HIGH, 0) if STAGE in FLAGS[method] else (LOW, HIGH))", "(LOW, HIGH)"),
-            ("thrice = rate / place > 2", "thrice = rate / place > 4"),
+            ("return RATES[i], RATES[i - 1], RATES[i + 1]",
+             "return RATES[i], RATES[i - 2], RATES[i + 1]"),
             ("(10, 11, 12, 13, 14), (20, 21)", "(10, 11, 12, 13, 14), (20, 10)"),
             ('flags += f" --demonstration-budget {one.budget}"', "pass"),
         ]),
-        ("overlap_is or other_choices or dropped_gradients or stage_of_hard", [
+        ("overlap_is or other_choices or random_half or dropped_gradients or stage_of_hard", [
             ("(sft[half].sum() / sft.sum())", "(sft[top].sum() / sft.sum())"),
             ("movement.topk(len(movement) // 2)", "(-movement).topk(len(movement) // 2)"),
             ("lambda entropy, generator: -entropy", "lambda entropy, generator: entropy"),
@@ -625,10 +626,10 @@ MUTANTS = {
         ("test_results or rank_correlation", [
             ('if row[name] is not None and row["seed"] in other:', 'if row["seed"] in other:'),
             ('row[name] - other[row["seed"]]', 'other[row["seed"]] - row[name]'),
-            ("            if not missing:", "            if missing:"),
+            ("if experiment.key_of(row) in plan]", "]"),
             ("len(pairs) < 3", "len(pairs) < 2"),
             ('f"{compare.cell(found, count)} ({len(found)})"', 'f"{compare.cell(found, count)} (5)"'),
-            ("            if have < of:", "            if have > of:"),
+            ("            if left:", "            if not left:"),
         ]),
     ],
     "eval.py": [

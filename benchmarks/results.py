@@ -37,16 +37,12 @@ LINES = {  # of budget.png: colour, marker, line
 
 
 def current(rows: list[dict]) -> list[dict]:
-    """Without those of settings that tuning has not chosen in the end, and of failed runs."""
+    """Without those of settings that tuning, as far as it has come, has given up."""
     kept = [row for row in rows if row["part"] == "tune"]
     for task in experiment.TASKS:
-        best, missing = experiment.tune_plan(task, rows)
         for part in experiment.PARTS[1:]:
-            mine = [row for row in rows if (row["task"], row["part"]) == (task, part)]
-            if not missing:
-                plan = set(experiment.cells_of(task, part, best))
-                mine = [row for row in mine if experiment.key_of(row) in plan]
-            kept += mine
+            plan = set(experiment.plan_of(task, part, rows))
+            kept += [row for row in rows if experiment.key_of(row) in plan]
     return kept
 
 
@@ -96,10 +92,10 @@ def missing(rows: list[dict]) -> str:
     lines = []
     for task in experiment.TASKS:
         for part in experiment.PARTS:
-            have, of = len(where(rows, task=task, part=part)), experiment.planned(task, part)
-            if have < of:
-                lines.append(f"- {task}, {part}: {have} of {of} runs are there")
-    return "**Not complete yet.**\n\n" + "\n".join(lines) + "\n" if lines else ""
+            left, of = experiment.left_of(task, part, rows), experiment.planned(task, part)
+            if left:
+                lines.append(f"- {task}, {part}: {left} of {of} runs")
+    return "**Not complete yet.** Left:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def tuned(rows: list[dict], task: str) -> str:
@@ -189,7 +185,7 @@ def by_level(rows: list[dict], task: str) -> str:
 
 def freezing(rows: list[dict], task: str) -> str:
     """Whether SFT moves what RL has moved."""
-    columns = ("overlap", "overlap_top", "frozen_share", "frozen_gradient")
+    columns = ("overlap", "overlap_top", "frozen_share", "frozen_gradient_first", "frozen_gradient")
     lines = []
     for (method, setting), mine in at_middle(rows, task).items():
         if any(values(mine, name) for name in columns):
@@ -249,9 +245,13 @@ def larger(rows: list[dict], task: str) -> str:
 
 
 def predicting(rows: list[dict], task: str) -> list[dict]:
-    """Runs of an SFT stage and then RL, on the seeds that no choice has seen."""
+    """Runs of an SFT stage and then RL, on the seeds that no choice has seen.
+
+    Without those of two updates, whose SFT stages are those of SFT then RL.
+    """
     mine = where(rows, task=task, part="curve") + where(rows, task=task, part="family")
-    return [row for row in mine if row["holdout"] is not None]
+    own = [row for row in mine if "--updates" not in experiment.FLAGS[row["method"]]]
+    return [row for row in own if row["holdout"] is not None]
 
 
 def prediction(rows: list[dict], task: str) -> str:
@@ -279,22 +279,24 @@ def rank_correlation(rows: list[dict], name: str) -> float:
 
 def report(rows: list[dict]) -> str:
     """All tables, as Markdown."""
-    rows = current(rows)
-    parts = [missing(rows)]
+    parts, rows = [missing(rows)], current(rows)
     for task in experiment.TASKS:
         if not where(rows, task=task):
             continue
         level = f"level {KNOWN_LEVEL[task]}"
-        parts += [f"## {task}\n", "### Settings\n", tuned(rows, task)]
+        start = {row["seed"]: row["start"] for row in where(rows, task=task, part="curve")}
+        before = f"Before training: {show(list(start.values()))}\n"
+        parts += [f"## {task}\n", before, "### Settings\n", tuned(rows, task)]
         for title, text in (
             ("Accuracy at the end, by demonstrations offered", curve(rows, task, "final")),
             ("The same, less MIFO on the same seed", curve(rows, task, "final", less_mifo=True)),
             (f"Lost of what was known ({level})", curve(rows, task, "lost")),
             ("The same, less MIFO on the same seed", curve(rows, task, "lost", less_mifo=True)),
-            ("Forgotten in an SFT phase", curve(rows, task, "forgotten")),
+            (f"Forgotten in an SFT phase ({level})", curve(rows, task, "forgotten")),
             ("Accuracy after the SFT stage", curve(rows, task, "after_sft")),
             ("Mean accuracy over the RL steps", curve(rows, task, "area")),
             ("Different demonstrations learnt", curve(rows, task, "demonstrations")),
+            ("SFT steps", curve(rows, task, "sft_steps")),
             ("Tokens sampled", curve(rows, task, "sampled_tokens")),
             (f"The family, at {MIDDLE[task]} demonstrations", family(rows, task)),
             (f"By level, at {MIDDLE[task]} demonstrations", by_level(rows, task)),
@@ -331,8 +333,7 @@ def points(rows: list[dict], task: str, method: str, name: str) -> list[tuple]:
 
 def draw_budget(rows: list[dict], path: Path) -> None:
     """Accuracy at the end, and below it forgetting, against demonstrations learnt."""
-    plt, rows = pictures.pyplot(), current(rows)
-    tasks = tasks_with_curve(rows)
+    plt, tasks = pictures.pyplot(), tasks_with_curve(rows)
     size = (6.2 * len(tasks) + 0.4, 8.4)
     figure, axes = plt.subplots(
         2,
@@ -398,7 +399,7 @@ def draw_curves(axis, rows: list[dict], task: str, name: str) -> None:
 
 def draw_predict(rows: list[dict], path: Path) -> None:
     """Held-out loss, and pass@k, after SFT against accuracy after RL, a dot a run."""
-    plt, rows = pictures.pyplot(), current(rows)
+    plt = pictures.pyplot()
     tasks = [task for task in experiment.TASKS if predicting(rows, task)]
     figure, axes = plt.subplots(
         len(tasks), 2, figsize=(11, 4.3 * len(tasks) + 1.0), layout="constrained", squeeze=False
@@ -439,6 +440,7 @@ def main() -> int:
         )
         return 2
     print(report(rows))
+    rows = current(rows)
     if tasks_with_curve(rows):
         draw_budget(rows, ASSETS / "budget.png")
         print(f"figure: {ASSETS / 'budget.png'}")

@@ -5194,7 +5194,7 @@ def test_the_knowledge_files_hold_the_embedded_questions():
 
 
 def experiment_cell(**changed) -> experiment.Cell:
-    plain = experiment.Cell("knowledge", "curve", "MIFO", 64, 1e-4, 3e-4, 20, "", 10)
+    plain = experiment.Cell("knowledge", "curve", "MIFO", 64, 1e-4, 3e-4, 20, 16, "", 10)
     return dataclasses.replace(plain, **changed)
 
 
@@ -5206,7 +5206,7 @@ def experiment_row(one: experiment.Cell, **found) -> dict:
 
 EXPERIMENT_CELLS = [
     experiment_cell(),
-    experiment_cell(method="GRPO", budget=0, sft_lr=None, epochs=None),
+    experiment_cell(method="GRPO", budget=0, sft_lr=None, epochs=None, buffer_size=None),
     experiment_cell(setting="--alpha 0.5", rl_lr=3e-5),
     experiment_cell(seed=11),
 ]
@@ -5295,7 +5295,7 @@ def test_experiment_ends_its_children_when_it_is_told_to_end(tmp_path, monkeypat
     assert time.perf_counter() - before < 30 and not (tmp_path / "run").exists()
 
 
-CLIMB_AXES = {"sft_lr": (3, 1, 9), "epochs": (20, 10), "rl_lr": (1, 2)}
+CLIMB_AXES = {"sft_lr": (3, 1, 9), "epochs": (20, 10), "rl_lr": (1, 2), "buffer_size": (5, 6)}
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -5303,7 +5303,7 @@ def test_climb_finds_the_best_along_each_axis(seed):
     """Scores that are sums over the axes have their best where each term has its own."""
     rng = random.Random(seed)
     gains = {n: {v: rng.randrange(3) for v in values} for n, values in CLIMB_AXES.items()}
-    setting, scores, tried = experiment.Setting(1, 3, 20), {}, 0
+    setting, scores, tried = experiment.Setting(1, 3, 20, 5), {}, 0
     while True:
         found, missing = experiment.climb(CLIMB_AXES, setting, scores)
         if not missing:
@@ -5317,7 +5317,7 @@ def test_climb_finds_the_best_along_each_axis(seed):
     for name, values in CLIMB_AXES.items():  # of equal ones the first
         best[name] = sorted(values, key=lambda value: -gains[name][value])[0]
     assert dataclasses.asdict(found) == best
-    assert tried == 3 + 1 + 1
+    assert tried == 3 + 1 + 1 + 1
 
 
 def test_tuning_asks_for_what_is_planned_and_then_for_nothing():
@@ -5331,6 +5331,7 @@ def test_tuning_asks_for_what_is_planned_and_then_for_nothing():
             assert {one.seed for one in cells} == set(experiment.TUNING_SEEDS)
             for one in cells:  # the higher the rates, the better; a run that failed is the worst
                 score = -10 if one.epochs == 40 else one.rl_lr + (one.sft_lr or 0)
+                score += (one.buffer_size or 0) / 100
                 if one.budget == 64:
                     score += 10 - (one.epochs or 0) / 10
                 if one.rl_lr == 3e-4 and (one.budget, one.epochs) in ((32, 10), (256, 20)):
@@ -5338,26 +5339,27 @@ def test_tuning_asks_for_what_is_planned_and_then_for_nothing():
                 if one.budget == 0:
                     score += 1 - 2 * (one.sft_lr or 0)
                 rows.append(experiment_row(one, final=None if score < 0 else score))
-        assert rounds == 5 and len(rows) == len({experiment.key_of(row) for row in rows})
+        assert rounds == 6 and len(rows) == len({experiment.key_of(row) for row in rows})
         alike = 6 if task == "knowledge" else 4  # not tried for alternating: its own are the same
         assert len(rows) == experiment.planned(task, "tune") - 2 * alike
         expected = {16: 10, 64: 10, 256: 20, 0: 20}  # the better, not that of the nearer climb
         if task == "knowledge":
             expected |= {32: 10, 128: 10}
         for budget, epochs in expected.items():
-            assert best["MIFO", budget] == experiment.Setting(3e-4, 3e-3, epochs)
-        assert best["GRPO", 0] == experiment.Setting(3e-4, None, None)
-        assert best[experiment.HARD_FIRST, 0] == experiment.Setting(3e-4, 3e-5, 1)
+            assert best["MIFO", budget] == experiment.Setting(3e-4, 3e-3, epochs, 64)
+        assert best["GRPO", 0] == experiment.Setting(3e-4, None, None, None)
+        assert best[experiment.HARD_FIRST, 0] == experiment.Setting(3e-4, 3e-5, 1, None)
         at = experiment.MIDDLE[task]
         assert best["DFT then RL", at].sft_lr == 0.01
         assert best["SFT then NFT, two updates", at].rl_lr == 1e-3
 
 
 def experiment_best() -> dict:
-    best = {("GRPO", 0): experiment.Setting(1e-4, None, None)}
+    best = {("GRPO", 0): experiment.Setting(1e-4, None, None, None)}
     for method in experiment.FLAGS:
         for budget in (16, 32, 64, 128, 256):
-            best[method, budget] = experiment.Setting(1e-4, 1e-3 * budget, budget // 8)
+            at = 64 if method in experiment.INTERLEAVED else None
+            best[method, budget] = experiment.Setting(1e-4, 1e-3 * budget, budget // 8, at)
         if method != "GRPO":
             best[method, 0] = best[method, 256]
     return best
@@ -5389,7 +5391,7 @@ def test_the_experiments_plan(task):
 
 
 def test_from_the_low_to_the_high_budget_both_settings_are_tried_the_nearer_first():
-    near, far = experiment.Setting(1, 3, 20), experiment.Setting(1, 3, 10)
+    near, far = experiment.Setting(1, 3, 20, 16), experiment.Setting(1, 3, 20, 64)
     assert experiment.best_of([near, near], {}) == (near, [])
     assert experiment.best_of([near], {}) == (near, [])
     assert experiment.best_of([near, far], {}) == (near, [near, far])
@@ -5559,7 +5561,7 @@ def test_results_read_a_table_that_is_not_complete(monkeypatch):
             rows.append(experiment_row(one, final=finals[one.seed, one.budget]))
     text = results.report(rows)
     assert "- knowledge, curve: 212 of 215 runs" in text and "knowledge, tune" not in text
-    assert "- countdown, tune: 402 of 402 runs" in text and "## countdown" not in text
+    assert "- countdown, tune: 418 of 418 runs" in text and "## countdown" not in text
     assert "| MIFO |  |  | 0.625 (2) |  |  | 1.000 (1) |" in text
 
 
@@ -5580,7 +5582,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     parts = ["tune", "curve", "larger"]
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
-        "knowledge, tune: 430 of 430 runs left; none was timed yet",
+        "knowledge, tune: 446 of 446 runs left; none was timed yet",
         "knowledge, curve: 215 of 215 runs left; none was timed yet",
         "knowledge, larger: 30 of 30 runs left; none was timed yet",
     ]
@@ -5591,7 +5593,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     for row in rows:
         experiment.append_row(experiment.CSV, row)
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
-        "knowledge, tune: 0 of 430 runs left",
+        "knowledge, tune: 0 of 446 runs left",
         "knowledge, curve: 212 of 215 runs left, about 106 minutes",
         "knowledge, larger: 30 of 30 runs left; none was timed yet",
         "about 106 minutes in all",

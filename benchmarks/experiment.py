@@ -10,8 +10,8 @@ holds base models and logs. Tables and figures of that file: results.py. Tasks: 
 countdown.py.
 
 1. tune: each method on its own, over GRID and EPOCHS, one axis after another (SFT's learning rate,
-   its epochs, RL's learning rate), by the mean accuracy at the end on TUNING_SEEDS; at a low and at
-   a high budget of demonstrations. A later value wins only if it scores higher. Each budget from
+   its epochs, RL's learning rate, S), by the mean accuracy at the end on TUNING_SEEDS; at a low and
+   at a high budget of demonstrations. A later value wins only if it scores higher. Each budget from
    the low to the high one then tries both of these settings, and keeps the better. With all
    demonstrations to take, which only SFT stages learn, these make one pass and are tuned anew. The
    methods of FAMILY keep SFT_THEN_RL's epochs and try three rates around its own.
@@ -69,6 +69,7 @@ LOW, HIGH = 32, 256  # budgets that are tuned at
 GRID = {  # the first stands first
     "rl_lr": (1e-4, 3e-5, 3e-4),
     "sft_lr": (1e-3, 3e-4, 3e-3, 1e-4, 3e-5),
+    "buffer_size": (16, 64),  # S
 }
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the grid's, and one on each side
 EPOCHS = {LOW: (20, 10, 40), HIGH: (10, 5, 20), 0: (1,)}  # by budget
@@ -104,13 +105,15 @@ FAMILY = {
     "SFT then GSPO, two updates": f"{STAGE} --updates 2 {GSPO}",
 }
 FLAGS = METHODS | FAMILY
+INTERLEAVED = [method for method, flags in FLAGS.items() if "--schedule" not in flags]
 RANDOM, LOWEST = "a random 20 % of the tokens", "the 20 % of lowest entropy"
 RANDOM_HALF = "a random half frozen"
 HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
 MIFO_SETTINGS = (
-    *("--p 0", RANDOM, LOWEST, "--alpha 0", "--alpha 0.5", "--alpha 1"),
-    *("--buffer-size 32", "--buffer-size 64"),
-    *("--freeze off", "--buffer-size 64 --freeze off", RANDOM_HALF),
+    *("--freeze off", RANDOM_HALF, RANDOM, LOWEST, "--p 0"),
+    *("--buffer-size 16", "--buffer-size 32", "--buffer-size 128"),
+    # S = 16 gives three SFT phases or more, without which α cannot show.
+    *("--buffer-size 16 --alpha 0", "--buffer-size 16 --alpha 0.5", "--buffer-size 16 --alpha 1"),
 )
 LARGER = {"width": 256, "layers": 10, "steps": 800}  # beside 128, 2 and 1,600
 LARGER_METHODS = ("MIFO", "MIFO without both", SFT_THEN_RL, HARD_FIRST, "GRPO")
@@ -120,7 +123,7 @@ ANALYSED = (
     *(("GRPO", ""), ("GRPO", HALF_RL)),
 )
 COMMON = (
-    "--questions 32 --sft-batch 16 --buffer-size 16 --eval-temperature 0 "
+    "--questions 32 --sft-batch 16 --eval-temperature 0 "
     "--micro-tokens 4096 --sampler torch --save-every 100000 --samples-logged 0"
 )
 OF_TASK = {
@@ -140,18 +143,22 @@ class Cell:
     rl_lr: float
     sft_lr: float | None
     epochs: int | None
+    buffer_size: int | None
     setting: str  # further flags, or a key of PATCHES
     seed: int
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tuned; None where the method has no SFT."""
+    """What is tuned; None where the method has none of it."""
 
     rl_lr: float
     sft_lr: float | None
     epochs: int | None
+    buffer_size: int | None
 
+
+TUNED = [field.name for field in dataclasses.fields(Setting)]
 
 # A column's unit is a share of 1 unless it says otherwise; empty where a run has nothing of it.
 NUMBERS = {
@@ -217,16 +224,17 @@ def candidates(budget: int) -> list[int]:
 
 def axes_of(method: str, budget: int) -> dict[str, tuple]:
     """What is tried at a budget of climbed_at(), axis by axis."""
-    if "--schedule rl" in FLAGS[method]:
+    if method == "GRPO":
         return {"rl_lr": GRID["rl_lr"]}
-    epochs = COIN_EPOCHS if "--schedule alternate" in FLAGS[method] else EPOCHS[budget]
-    return {"sft_lr": GRID["sft_lr"], "epochs": epochs, "rl_lr": GRID["rl_lr"]}
+    epochs = COIN_EPOCHS if method == "alternating" else EPOCHS[budget]
+    axes = {"sft_lr": GRID["sft_lr"], "epochs": epochs, "rl_lr": GRID["rl_lr"]}
+    return axes | ({"buffer_size": GRID["buffer_size"]} if method in INTERLEAVED else {})
 
 
 def first_setting(method: str, budget: int) -> Setting:
-    """The first value of each axis; for GRPO, whose budget is 0, only RL's."""
+    """The first value of each axis, and None for what the method has none of."""
     axes = axes_of(method, budget)
-    return Setting(**{name: axes.get(name, [None])[0] for name in ("rl_lr", "sft_lr", "epochs")})
+    return Setting(*(axes.get(name, [None])[0] for name in TUNED))
 
 
 def climb(axes: dict[str, tuple], setting: Setting, scores: dict[Setting, float]):
@@ -311,7 +319,7 @@ def scores_of(task: str, method: str, budget: int, rows: list[dict]) -> dict[Set
     for row in rows:
         place = row["task"], row["part"], row["method"], row["budget"]
         if place == (task, "tune", method, budget):
-            setting = Setting(row["rl_lr"], row["sft_lr"], row["epochs"])
+            setting = Setting(*(row[name] for name in TUNED))
             final = -math.inf if row["final"] is None else row["final"]
             finals.setdefault(setting, []).append(final)
     return {
@@ -371,7 +379,7 @@ def planned(task: str, part: str) -> int:
     return len(TUNING_SEEDS) * (tried + 3 * len(FAMILY))
 
 
-UNKNOWN = Setting(-1.0, -1.0, -1)  # which no run has
+UNKNOWN = Setting(-1.0, -1.0, -1, -1)  # which no run has
 
 
 def flags_of(one: Cell, base: Path, out: Path) -> list[str]:
@@ -381,6 +389,8 @@ def flags_of(one: Cell, base: Path, out: Path) -> list[str]:
     if one.sft_lr is not None:
         flags += f" --sft-lr {one.sft_lr:g} --sft-epochs {one.epochs}"
         flags += f" --demonstration-budget {one.budget}"
+    if one.buffer_size is not None:
+        flags += f" --buffer-size {one.buffer_size}"
     if one.setting.startswith("--"):
         flags += f" {one.setting}"
     files = {"model": base, "data": base.parent / "train.jsonl"}
@@ -407,7 +417,7 @@ def read_rows(path: Path) -> list[dict]:
     rows = []
     for row in csv.DictReader(whole.splitlines()):
         for name in row:
-            if name in ("budget", "epochs", "seed"):
+            if name in ("budget", "epochs", "buffer_size", "seed"):
                 row[name] = int(row[name]) if row[name] else None
             elif name in NUMBERS or name in ("rl_lr", "sft_lr"):
                 row[name] = float(row[name]) if row[name] else None
@@ -768,7 +778,8 @@ def work(jobs: list[tuple], label: str, finished) -> list[Path]:
 
 def name_of(one: Cell) -> str:
     """A folder's name for a run."""
-    parts = [one.method, one.budget, one.rl_lr, one.sft_lr, one.epochs, one.setting, one.seed]
+    tuned = [getattr(one, name) for name in TUNED]
+    parts = [one.method, one.budget, *tuned, one.setting, one.seed]
     text = "-".join(str(part) for part in parts if part not in (None, ""))
     return "".join(letter if letter.isalnum() or letter in "-.=" else "_" for letter in text)
 

@@ -586,7 +586,7 @@ MUTANTS = {
         ("experiments_rows or cut_off_is_neither or repeats_no_run or go_on_when_one or ends_its_children", [
             ("whole = text[: text.rfind(\"\\n\") + 1]\n    rows", "whole = text\n    rows"),
             ("if file.tell() == 0:", "if True:"),
-            ('if name in ("budget", "epochs", "seed"):', 'if name in ("budget", "seed"):'),
+            ('if name in ("budget", "epochs", "buffer_size", "seed"):', 'if name in ("budget", "seed"):'),
             ("left = [one for one in cells if one not in done]", "left = cells"),
             ("return work(jobs, label, finished) if jobs else []",
              "work(jobs, label, finished)\n    return []"),

@@ -99,7 +99,7 @@ def missing(rows: list[dict]) -> str:
 
 
 def tuned(rows: list[dict], task: str) -> str:
-    """The settings that were chosen: RL's learning rate, SFT's, its epochs."""
+    """The settings that were chosen: RL's learning rate, SFT's, its epochs, S."""
     best, left = experiment.tune_plan(task, rows)
     budgets = sorted({budget or math.inf for _, budget in best})  # 0, all, comes last
     lines = {}

@@ -111,7 +111,7 @@ RANDOM_HALF = "a random half frozen"
 HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
 MIFO_SETTINGS = (
     *("--freeze off", RANDOM_HALF, RANDOM, LOWEST, "--p 0"),
-    *("--buffer-size 16", "--buffer-size 32", "--buffer-size 128"),
+    *("--buffer-size 16", "--buffer-size 32", "--buffer-size 64", "--buffer-size 128"),
     # S = 16 gives three SFT phases or more, without which α cannot show.
     *("--buffer-size 16 --alpha 0", "--buffer-size 16 --alpha 0.5", "--buffer-size 16 --alpha 1"),
 )
@@ -337,7 +337,9 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
             places += [(method, budget, "") for budget in budgets_of(method, *BUDGETS[task])]
     elif part == "family":
         places += [(method, MIDDLE[task], "") for method in FAMILY]
-        places += [("MIFO", MIDDLE[task], setting) for setting in MIFO_SETTINGS]
+        own = f"--buffer-size {best['MIFO', MIDDLE[task]].buffer_size}"
+        settings = [setting for setting in MIFO_SETTINGS if setting != own]
+        places += [("MIFO", MIDDLE[task], setting) for setting in settings]
     elif part == "larger":
         seeds, shares = LARGER_SEEDS, LARGER_RATES
         for method in LARGER_METHODS if task == "knowledge" else ():
@@ -368,7 +370,7 @@ def plan_of(task: str, part: str, rows: list[dict]) -> list[Cell]:
 
 
 def planned(task: str, part: str) -> int:
-    """How many runs a part has; tune at most."""
+    """How many runs a part has; tune and family at most."""
     if part != "tune":
         return len(plan_of(task, part, []))
     both = sum(1 if at in (LOW, HIGH) else 2 for at in set(map(tuned_at, BUDGETS[task])))

@@ -5563,7 +5563,14 @@ def test_results_read_a_table_that_is_not_complete(monkeypatch):
     text = results.report(rows)
     assert "- knowledge, curve: 212 of 215 runs" in text and "knowledge, tune" not in text
     assert "- countdown, tune: 418 of 418 runs" in text and "## countdown" not in text
-    assert "| MIFO |  |  | 0.625 (2) |  |  | 1.000 (1) |" in text
+    assert "| MIFO |  |  | 0.625 (2) |  |  | 1.000 (1) |  |" in text
+    for one in experiment.plan_of("knowledge", "curve", rows):
+        if (one.method, one.seed) == ("MIFO", 10) and one.budget not in (0, 64):
+            rows.append(experiment_row(one, final=one.budget / 256))
+    # the budgets of seed 10: 16, 32, 64 (0.5), 128 and 256, and all, which does not count
+    assert f"| 1.000 (1) | 1.000 (1) | {(0.0625 + 0.125 + 0.5 + 0.5 + 1) / 5:.3f} (1) |" in (
+        results.curve(rows, "knowledge", "final")
+    )
 
 
 def test_results_leave_out_what_tuning_has_not_chosen():
@@ -5585,7 +5592,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
         "knowledge, tune: 446 of 446 runs left; none was timed yet",
         "knowledge, curve: 215 of 215 runs left; none was timed yet",
-        "knowledge, larger: 30 of 30 runs left; none was timed yet",
+        "knowledge, larger: 24 of 24 runs left; none was timed yet",
     ]
     rows = experiment_rows_of_tuning()
     cells = experiment.plan_of("knowledge", "curve", rows)[:3]
@@ -5596,7 +5603,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
         "knowledge, tune: 0 of 446 runs left",
         "knowledge, curve: 212 of 215 runs left, about 106 minutes",
-        "knowledge, larger: 30 of 30 runs left; none was timed yet",
+        "knowledge, larger: 24 of 24 runs left; none was timed yet",
         "about 106 minutes in all",
     ]
 

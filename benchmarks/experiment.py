@@ -116,7 +116,7 @@ MIFO_SETTINGS = (
     *("--buffer-size 16 --alpha 0", "--buffer-size 16 --alpha 0.5", "--buffer-size 16 --alpha 1"),
 )
 LARGER = {"width": 256, "layers": 10, "steps": 800}  # beside 128, 2 and 1,600
-LARGER_METHODS = ("MIFO", "MIFO without both", SFT_THEN_RL, HARD_FIRST, "GRPO")
+LARGER_METHODS = ("MIFO", SFT_THEN_RL, HARD_FIRST, "GRPO")
 LARGER_RATES, LARGER_SEEDS = (1, 0.3), SEEDS[:3]  # parts of the small model's learning rates
 ANALYSED = (
     *((SFT_THEN_RL, ""), (SFT_THEN_RL, HALF_SFT), (SFT_THEN_RL, HALF_RL)),

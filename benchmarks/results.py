@@ -113,21 +113,35 @@ def tuned(rows: list[dict], task: str) -> str:
 
 
 def curve(rows: list[dict], task: str, name: str, less_mifo: bool = False) -> str:
-    """A measure of every method at every budget, or what it is less MIFO's on the same seed."""
+    """A measure of every method at every budget, or what it is less MIFO's on the same seed.
+
+    The last column is the mean over the budgets but all.
+    """
     budgets, lines = experiment.BUDGETS[task], []
     for method in METHODS:
         if less_mifo and method == "MIFO":
             continue
         cells = []
-        for budget in budgets:
-            mine = of_curve(rows, task, method, budget)
-            found = values(mine, name)
-            if less_mifo:
-                found = differences(mine, of_curve(rows, task, "MIFO", budget), name)
+        for budget in (*budgets, None):
+            mine, others = (at_budget(rows, task, one, budget, name) for one in (method, "MIFO"))
+            found = differences(mine, others, name) if less_mifo else values(mine, name)
             cells.append(show(found, name in COUNTS))
         if any(cells):
             lines.append([method, *cells])
-    return table(["", *map(named, budgets)], lines)
+    return table(["", *map(named, budgets), "mean of all but the last"], lines)
+
+
+def at_budget(rows: list[dict], task: str, method: str, budget: int | None, name: str) -> list:
+    """of_curve(), or for None one row a seed that has the mean over all budgets but 0."""
+    if budget is not None:
+        return of_curve(rows, task, method, budget)
+    groups = [of_curve(rows, task, method, one) for one in experiment.BUDGETS[task] if one]
+    found = []
+    for seed in experiment.SEEDS:
+        of_seed = [value for mine in groups for value in values(where(mine, seed=seed), name)]
+        if len(of_seed) == len(groups):
+            found.append({"seed": seed, name: statistics.fmean(of_seed)})
+    return found
 
 
 def at_middle(rows: list[dict], task: str) -> dict[tuple[str, str], list[dict]]:

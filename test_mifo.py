@@ -5370,8 +5370,8 @@ def test_the_experiments_plan(task):
     best, everything = experiment_best(), []
     for part in experiment.PARTS[1:]:
         cells = experiment.cells_of(task, part, best)
-        own_s = len(experiment.SEEDS) if part == "family" else 0  # which is no change of MIFO
-        assert len(cells) == experiment.planned(task, part) - own_s
+        own = 3 * len(experiment.SEEDS) if part == "family" else 0  # MIFO's own S, alone or not
+        assert len(cells) == experiment.planned(task, part) - own
         seeds = experiment.SEEDS if part != "larger" else experiment.LARGER_SEEDS
         assert {one.seed for one in cells} == (set(seeds) if cells else set())
         assert bool(cells) == (part != "larger" or task == "knowledge")
@@ -5415,6 +5415,19 @@ def test_the_larger_model_is_tried_at_the_rates_of_the_small_one_and_below():
     assert rates == expected
 
 
+def test_a_change_of_mifo_leaves_out_its_own_s():
+    everything = set(experiment.MIFO_SETTINGS)
+    assert everything - set(experiment.changes_of(64)) == {
+        "--buffer-size 64",
+        "--buffer-size 64 --freeze off",
+        f"{experiment.RANDOM_HALF} --buffer-size 64",
+    }
+    assert set(experiment.changes_of(16)) - everything == {"--alpha 0", "--alpha 0.5", "--alpha 1"}
+
+
+PATCHED = tuple(experiment.PATCHES)
+
+
 def test_mifo_takes_the_flags_of_every_run_of_the_experiment(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     for name in ("train", "eval"):
@@ -5428,7 +5441,7 @@ def test_mifo_takes_the_flags_of_every_run_of_the_experiment(tmp_path, monkeypat
             if one.sft_lr is not None:
                 assert (cfg.sft_lr, cfg.sft_epochs) == (one.sft_lr, one.epochs)
             same = dataclasses.replace(cfg, out="")
-            special = one.method in experiment.PATCHES or one.setting in experiment.PATCHES
+            special = one.method in experiment.PATCHES or one.setting.startswith(PATCHED)
             if special or one.part == "analyse" or one.setting == "--freeze off":
                 continue  # the last is a method of the curve, at MIFO's setting
             assert seen.setdefault(repr(same), one) is one  # no two are the same run

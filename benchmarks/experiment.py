@@ -110,7 +110,13 @@ RANDOM, LOWEST = "a random 20 % of the tokens", "the 20 % of lowest entropy"
 RANDOM_HALF = "a random half frozen"
 HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
 MIFO_SETTINGS = (
-    *("--freeze off", RANDOM_HALF, RANDOM, LOWEST, "--p 0"),
+    *(
+        "--freeze off",
+        RANDOM_HALF,
+        "--buffer-size 64 --freeze off",
+        f"{RANDOM_HALF} --buffer-size 64",
+    ),
+    *(RANDOM, LOWEST, "--p 0"),
     *("--buffer-size 16", "--buffer-size 32", "--buffer-size 64", "--buffer-size 128"),
     # S = 16 gives three SFT phases or more, without which α cannot show.
     *("--buffer-size 16 --alpha 0", "--buffer-size 16 --alpha 0.5", "--buffer-size 16 --alpha 1"),
@@ -144,7 +150,7 @@ class Cell:
     sft_lr: float | None
     epochs: int | None
     buffer_size: int | None
-    setting: str  # further flags, or a key of PATCHES
+    setting: str  # a key of PATCHES, or further flags, or both
     seed: int
 
 
@@ -337,9 +343,8 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
             places += [(method, budget, "") for budget in budgets_of(method, *BUDGETS[task])]
     elif part == "family":
         places += [(method, MIDDLE[task], "") for method in FAMILY]
-        own = f"--buffer-size {best['MIFO', MIDDLE[task]].buffer_size}"
-        settings = [setting for setting in MIFO_SETTINGS if setting != own]
-        places += [("MIFO", MIDDLE[task], setting) for setting in settings]
+        changes = changes_of(best["MIFO", MIDDLE[task]].buffer_size)
+        places += [("MIFO", MIDDLE[task], change) for change in changes]
     elif part == "larger":
         seeds, shares = LARGER_SEEDS, LARGER_RATES
         for method in LARGER_METHODS if task == "knowledge" else ():
@@ -353,6 +358,16 @@ def cells_of(task: str, part: str, best: dict) -> list[Cell]:
             tuned = times(best[method, budget], share)
             cells.append(cell(task, part, method, budget, tuned, seed, setting=setting))
     return cells
+
+
+def changes_of(buffer_size: int) -> list[str]:
+    """MIFO_SETTINGS, less what is MIFO's own S already."""
+    own, changes = f"--buffer-size {buffer_size}", {}
+    for setting in MIFO_SETTINGS:
+        words = setting.replace(own, "").split()
+        changes[" ".join(words)] = True
+    changes.pop("", None)
+    return list(changes)
 
 
 def times(setting: Setting, share: float) -> Setting:
@@ -393,8 +408,8 @@ def flags_of(one: Cell, base: Path, out: Path) -> list[str]:
         flags += f" --demonstration-budget {one.budget}"
     if one.buffer_size is not None:
         flags += f" --buffer-size {one.buffer_size}"
-    if one.setting.startswith("--"):
-        flags += f" {one.setting}"
+    _, dashes, further = one.setting.partition("--")
+    flags += f" {dashes}{further}"
     files = {"model": base, "data": base.parent / "train.jsonl"}
     files |= {"evaluate": base.parent / "eval.jsonl", "out": out}
     found = flags.split()
@@ -453,9 +468,9 @@ def train(folder: Path, one: Cell, flags: list[str]) -> None:
     folder.mkdir(parents=True)
     pictures.draw = lambda out: None
     mifo.checkpoint_due = lambda cfg, state: False  # but at the end, where main() wants one
-    for key in (one.method, one.setting):
-        if key in PATCHES:
-            PATCHES[key](one.seed)
+    for key, patch in PATCHES.items():
+        if one.method == key or one.setting.startswith(key):
+            patch(one.seed)
     seen = watch(one.part)
     sys.argv = ["mifo.py", *flags]
     if code := mifo.main():

@@ -16,7 +16,7 @@ from pathlib import Path
 import compare
 import experiment
 from benchmarks import pictures
-from experiment import FAMILY, HARD_FIRST, KNOWN_LEVEL, METHODS, MIDDLE, MIFO_SETTINGS, SFT_THEN_RL
+from experiment import FAMILY, HARD_FIRST, KNOWN_LEVEL, METHODS, MIDDLE, SFT_THEN_RL
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 COUNTS = ("demonstrations", "sampled_tokens", "sft_phases", "sft_steps")
@@ -149,8 +149,9 @@ def at_middle(rows: list[dict], task: str) -> dict[tuple[str, str], list[dict]]:
     groups = {(method, ""): of_curve(rows, task, method, MIDDLE[task]) for method in METHODS}
     family = where(rows, task=task, part="family")
     groups |= {(method, ""): where(family, method=method) for method in FAMILY}
-    for setting in MIFO_SETTINGS:
-        groups["MIFO", setting] = where(family, method="MIFO", setting=setting)
+    if mifo := groups["MIFO", ""]:
+        for change in experiment.changes_of(mifo[0]["buffer_size"]):
+            groups["MIFO", change] = where(family, method="MIFO", setting=change)
     return {key: mine for key, mine in groups.items() if mine}
 
 

@@ -5605,7 +5605,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
         "knowledge, tune: 446 of 446 runs left; none was timed yet",
         "knowledge, curve: 215 of 215 runs left; none was timed yet",
-        "knowledge, larger: 24 of 24 runs left; none was timed yet",
+        "knowledge, larger: 16 of 16 runs left; none was timed yet",
     ]
     rows = experiment_rows_of_tuning()
     cells = experiment.plan_of("knowledge", "curve", rows)[:3]
@@ -5616,7 +5616,7 @@ def test_the_experiment_tells_what_is_left_whatever_tuning_gave_up(tmp_path, mon
     assert experiment.forecast(["knowledge"], parts).splitlines() == [
         "knowledge, tune: 0 of 446 runs left",
         "knowledge, curve: 212 of 215 runs left, about 106 minutes",
-        "knowledge, larger: 24 of 24 runs left; none was timed yet",
+        "knowledge, larger: 16 of 16 runs left; none was timed yet",
         "about 106 minutes in all",
     ]
 

@@ -110,12 +110,8 @@ RANDOM, LOWEST = "a random 20 % of the tokens", "the 20 % of lowest entropy"
 RANDOM_HALF = "a random half frozen"
 HALF_SFT, HALF_RL = "half of SFT's gradients dropped", "half of RL's gradients dropped"
 MIFO_SETTINGS = (
-    *(
-        "--freeze off",
-        RANDOM_HALF,
-        "--buffer-size 64 --freeze off",
-        f"{RANDOM_HALF} --buffer-size 64",
-    ),
+    *("--freeze off", RANDOM_HALF),
+    *("--buffer-size 64 --freeze off", f"{RANDOM_HALF} --buffer-size 64"),
     *(RANDOM, LOWEST, "--p 0"),
     *("--buffer-size 16", "--buffer-size 32", "--buffer-size 64", "--buffer-size 128"),
     # S = 16 gives three SFT phases or more, without which α cannot show.
@@ -517,15 +513,19 @@ def measures(one: Cell, folder: Path, seen: dict) -> dict:
         found["overlap"], found["overlap_top"] = map(statistics.fmean, zip(*seen["overlaps"]))
     if cfg.schedule == "alternate":  # two evaluations may have several SFT phases between them
         found["forgotten"] = None
-    shares, first, later = [], [], []
+    shares, in_first, in_later = [], [], []
     for line in metrics:
         if "sft/frozen_share" in line:
             shares.append(line["sft/frozen_share"])
         if "sft/frozen_gradient_share" in line:
-            phase = first if line["sft_phases"] == 1 else later
-            phase.append(line["sft/frozen_gradient_share"])
-    columns = {"frozen_share": shares, "frozen_gradient_first": first, "frozen_gradient": later}
-    found |= {name: statistics.fmean(values) for name, values in columns.items() if values}
+            in_phase = in_first if line["sft_phases"] == 1 else in_later
+            in_phase.append(line["sft/frozen_gradient_share"])
+    for name, values in (
+        ("frozen_share", shares),
+        ("frozen_gradient_first", in_first),
+        ("frozen_gradient", in_later),
+    ):
+        found[name] = statistics.fmean(values) if values else None
     levels = " ".join(f"{level}:{value:.3f}" for level, value in run["levels"].items())
     return found | seen["found"] | {"levels": levels}
 

@@ -293,8 +293,8 @@ def rank_correlation(rows: list[dict], name: str) -> float:
 
 
 def report(rows: list[dict]) -> str:
-    """All tables, as Markdown."""
-    parts, rows = [missing(rows)], current(rows)
+    """All tables of current() rows, as Markdown."""
+    parts = [missing(rows)]
     for task in experiment.TASKS:
         if not where(rows, task=task):
             continue
@@ -454,8 +454,8 @@ def main() -> int:
             f"results.py: {experiment.CSV} has no runs: experiment.py makes them", file=sys.stderr
         )
         return 2
-    print(report(rows))
     rows = current(rows)
+    print(report(rows))
     if tasks_with_curve(rows):
         draw_budget(rows, ASSETS / "budget.png")
         print(f"figure: {ASSETS / 'budget.png'}")

@@ -117,25 +117,25 @@ def curve(rows: list[dict], task: str, name: str, less_mifo: bool = False) -> st
 
     The last column is the mean over the budgets but all.
     """
-    budgets, lines = experiment.BUDGETS[task], []
+    lines = []
     for method in METHODS:
         if less_mifo and method == "MIFO":
             continue
         cells = []
-        for budget in (*budgets, None):
+        for budget in (*experiment.BUDGETS, None):
             mine, others = (at_budget(rows, task, one, budget, name) for one in (method, "MIFO"))
             found = differences(mine, others, name) if less_mifo else values(mine, name)
             cells.append(show(found, name in COUNTS))
         if any(cells):
             lines.append([method, *cells])
-    return table(["", *map(named, budgets), "mean of all but the last"], lines)
+    return table(["", *map(named, experiment.BUDGETS), "mean of all but the last"], lines)
 
 
 def at_budget(rows: list[dict], task: str, method: str, budget: int | None, name: str) -> list:
     """of_curve(), or for None one row a seed that has the mean over all budgets but 0."""
     if budget is not None:
         return of_curve(rows, task, method, budget)
-    groups = [of_curve(rows, task, method, one) for one in experiment.BUDGETS[task] if one]
+    groups = [of_curve(rows, task, method, one) for one in experiment.BUDGETS if one]
     found = []
     for seed in experiment.SEEDS:
         of_seed = [value for mine in groups for value in values(where(mine, seed=seed), name)]
@@ -336,7 +336,7 @@ def tasks_with_curve(rows: list[dict]) -> list[str]:
 def points(rows: list[dict], task: str, method: str, name: str) -> list[tuple]:
     """[(demonstrations learnt, mean, half its interval)] by budget; GRPO has one, at 0."""
     found = []
-    for budget in experiment.budgets_of(method, *experiment.BUDGETS[task]):
+    for budget in experiment.budgets_of(method, *experiment.BUDGETS):
         mine = of_curve(rows, task, method, budget)
         known = values(mine, name)
         if known:
@@ -402,7 +402,7 @@ def draw_curves(axis, rows: list[dict], task: str, name: str) -> None:
             capsize=2,
             zorder=3 if method == "MIFO" else 2,
         )
-    ticks = [budget or experiment.DEMONSTRATIONS[task] for budget in experiment.BUDGETS[task]]
+    ticks = [budget or experiment.DEMONSTRATIONS[task] for budget in experiment.BUDGETS]
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
@@ -419,9 +419,8 @@ def draw_predict(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(
         len(tasks), 2, figsize=(11, 4.3 * len(tasks) + 1.0), layout="constrained", squeeze=False
     )
-    budgets = list(experiment.BUDGETS["knowledge"])
-    shades = plt.get_cmap("viridis")
-    colours = {budget: shades(i / len(budgets)) for i, budget in enumerate(budgets)}
+    shades, budgets = plt.get_cmap("viridis"), experiment.BUDGETS
+    colours = {one: shades(i / len(budgets)) for i, one in enumerate(budgets)}
     kinds = {SFT_THEN_RL: "o", HARD_FIRST: "s"}
     for line, task in zip(axes, tasks):
         for axis, name in zip(line, ("holdout", "pass_k")):
